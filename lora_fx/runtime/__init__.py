@@ -1,4 +1,4 @@
-"""Code that runs in a rewritten model: products with branches, masks, norms, logits, rows, the watch."""
+"""Code that runs in a rewritten model: fused products, losses, rows of samples, and the check of weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Operations of attention layers around and between their projections.
 
 Some layers apply several weights in a single call, which no adapter can reach. lora_fx replaces such a call
-with separate projections and the functions of this module. They decide everything that depends on sizes, so
-that one graph holds for every call.
+with separate projections and the functions of this module. These functions decide everything that depends on
+sizes, so that one graph holds for every call.
 
 - ``nn.MultiheadAttention``: three input projections, :func:`attend`, the output projection. Masks,
   ``need_weights`` and unbatched inputs are handled here. Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.
@@ -160,7 +160,7 @@ def _explicit(
 
 
 def causal_hint(x: Tensor, mask: Tensor | None, is_causal: bool | None, batch_first: bool) -> bool:
-    """Return True if the mask is the causal mask, as PyTorch's layer stacks check for ``is_causal=None``.
+    """Return True if the mask is the causal mask. PyTorch's encoder and decoder check this for None as hint.
 
     Args:
         x: [L, N, E], [N, L, E] with ``batch_first``, or [L, E].
@@ -186,9 +186,9 @@ def zero_padding(
     mask_check: bool,
     training: bool,
 ) -> Tensor:
-    """Set padded positions to zero in the calls in which PyTorch's stack of layers does so.
+    """Set padded positions to zero in the calls in which ``nn.TransformerEncoder`` does so.
 
-    These are calls that it computes with nested tensors: in evaluation, without gradients, with padding on
+    The encoder computes these calls with nested tensors: in evaluation, without gradients, with padding on
     the right and no other mask. The difference shows in an average over all positions.
 
     Args:
@@ -196,9 +196,9 @@ def zero_padding(
         src: The input of the layers, [N, S, E].
         padding: The padding mask, [N, S].
         mask: The attention mask.
-        nested: True if the stack may use nested tensors at all.
-        mask_check: True if the stack checks first that the padding is on the right.
-        training: The mode of its first layer.
+        nested: True if the encoder may use nested tensors at all.
+        mask_check: True if the encoder checks first that the padding is on the right.
+        training: The mode of the encoder's first layer.
     """
     if padding is None or mask is not None or not nested or training or src.dim() != 3:
         return out

@@ -1,4 +1,4 @@
-"""Functions that a capture writes into graphs, for code that has no function of PyTorch."""
+"""Functions that captured graphs call for code that PyTorch has no function for."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def output_padding(
     Args:
         x: The input.
         output_size: The size, with or without the dimensions before the spatial ones; or None.
-        default: The layer's output padding, for no requested size.
+        default: The layer's own output padding, which is returned if ``output_size`` is None.
         stride: The layer's stride.
         padding: The layer's padding.
         kernel_size: The layer's kernel size.

@@ -56,7 +56,7 @@ class Change(Protocol):
 
     @property
     def transposed(self) -> bool:
-        """True if it changes the transposed weight."""
+        """True if this is the change of the transposed base weight."""
 
     def applied(self, weight: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the adapted weight, differentiable with respect to the weight and the factors.
@@ -66,10 +66,10 @@ class Change(Protocol):
         """
 
     def note(self, location: str) -> None:
-        """Record a location in the user's code that has the whole adapted weight computed."""
+        """Record a location in the user's code that needs the values of the whole adapted weight."""
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Compute a product with the weight like a graph. Return NotImplemented for an unknown ``func``."""
+        """Compute base product plus branch, like a graph. Return NotImplemented for an unknown ``func``."""
 
     def turned(self) -> Change | None:
         """Return the change of the transposed weight, or None if a transpose has to use the values."""
@@ -160,7 +160,7 @@ class EffectiveWeight(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run a product like a graph, and other functions on the values."""
+        """Run a product as base product plus branch, like a graph. Run other functions on the values."""
         kwargs = kwargs or {}
         if func in PRODUCTS:
             weight = next(value for value in (*args, *kwargs.values()) if type(value) is cls)
@@ -269,7 +269,10 @@ class _Part:
 
 
 def _parts(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the views that an operator creates of an effective weight; None if autograd tracks them."""
+    """Return the views of an effective weight that an operator creates.
+
+    Return None if the operator creates no views, or if autograd tracks them.
+    """
     whole = args[0]
     if not isinstance(whole, EffectiveWeight) or torch.is_inference_mode_enabled():
         return None
@@ -377,7 +380,7 @@ def effective_weight(change: Change, base: torch.Tensor) -> torch.Tensor:
     factors = change.factors
     kinds = {_kind_of(tensor) for tensor in (base, *factors)}
     if len(kinds) > 1:
-        return base  # a library is converting them one after the other
+        return base  # a library is converting these tensors, and has not reached all of them
     if (
         torch.compiler.is_compiling()
         or kinds != {torch.Tensor}
@@ -398,7 +401,7 @@ def _kind_of(tensor: torch.Tensor) -> type:
 
 
 def _made(change: Change, base: torch.Tensor) -> torch.Tensor:
-    """Create an effective weight. It has a gradient if the weight or a factor requires one."""
+    """Create an effective weight. It requires a gradient if the base weight or a factor does."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (base, *change.factors)):
         weight: torch.Tensor = _Make.apply(change, base, *change.factors)  # type: ignore[no-untyped-call]
         return weight
@@ -464,8 +467,8 @@ def assigned(module: nn.Module, name: str, value: Any) -> Any:
         value: Its new value. For an effective weight, the base weight is stored, which ties the two.
 
     Raises:
-        ConfigError: If other code than that which moves parameters assigns it. A value that was read from the
-            attribute has the adapters already, and would get them twice.
+        ConfigError: If the assignment is not in one of the packages that move parameters. The value may have
+            been read from the attribute, and would then get the adapters twice.
     """
     change = module.__dict__.get(CHANGES, _NONE).get(name)
     if change is None or not isinstance(value, nn.Parameter):

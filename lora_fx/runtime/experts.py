@@ -161,8 +161,8 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         return replaced
     if isinstance(weight, StackedTensor):
         return grouped_product(x, weight, ends)
-    # Only models of transformers call this, so that the module is loaded. Dynamo of PyTorch 2.11 cannot trace
-    # the import of a module of a package that loads lazily.
+    # Only models of transformers call this, so the module is already imported. Dynamo of PyTorch 2.11 cannot
+    # trace an import from a package that loads its modules lazily.
     product: Tensor = sys.modules[_MOE]._grouped_mm(x, weight, ends)
     return product
 
@@ -185,7 +185,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 # PyTorch's own grouped product needs sizes that are multiples of 16 bytes, which most ranks are not.
-# Operators are opaque to torch.compile, which does not support loops over the values of a tensor.
+# These are custom operators, because torch.compile cannot trace a loop over the values of a tensor.
 
 
 @torch.library.custom_op("lora_fx::grouped_linear", mutates_args=())
@@ -259,7 +259,7 @@ _outer.register_autograd(_outer_backward, setup_context=_remember)
 
 
 def _has_kernel(x: Tensor) -> bool:
-    """Return True if PyTorch has a real grouped kernel, and no loop: for bf16, from capability 8.0 on."""
+    """Return True if PyTorch computes a grouped product in one kernel: in bf16 on GPUs of capability 8.0."""
     if x.device.type != "cuda" or x.dtype is not torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0)

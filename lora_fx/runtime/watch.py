@@ -1,15 +1,16 @@
-"""Check of the first eager call of each form: does code use an adapted weight without its adapters?
+"""Check that no code uses an adapted weight without its adapters, in the first eager call of each form.
 
 Code that reads ``layer.weight`` gets it with its adapters (:mod:`lora_fx.runtime.effective`). Some reads
 bypass that: ``named_parameters()``, ``state_dict()``, ``vars(layer)``, or a layer of the original model in a
 closure. So each entry point of a rewritten model (:func:`entry`) runs once under a dispatch mode
 (:class:`_Watch`). The mode knows the bytes of the adapted weights, and the values that are computed from
-them. If such a value meets data in code outside of lora-fx, the call ends with an error. A call under this
-mode is "watched".
+them. If code outside of lora-fx combines such a value with data, the call ends with an error. A call under
+this mode is "watched".
 
-An entry point is the forward of a module. A form is its training and gradient mode, and the classes and sizes
-of its arguments (:mod:`lora_fx.runtime.modules.call_sizes`). Later calls of a form cost one set lookup.
-Compiled calls and calls without real values (:func:`_blind`) cannot be watched, and their forms stay pending.
+An entry point is the forward of a module. The form of a call is the training mode, the gradient mode, and the
+classes of the arguments. Sizes are compared in :mod:`lora_fx.runtime.modules.call_sizes`. Later calls of a
+form cost one set lookup. Compiled calls and calls without real values (:func:`_blind`) cannot be watched. The
+next eager call of their form is watched instead.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ CODE = "_lora_fx_code"
 STATE = "_lora_fx_watch"
 """Attribute of a module: the forms of its calls that were watched."""
 
+# Attributes of a watched class: the class that it was created from, and its _How.
 _MADE = "_lora_fx_made_of"
 _HOW = "_lora_fx_how"
 # PEFT's methods that a rewritten model has, and the functions that they call.
@@ -123,7 +125,7 @@ _MOVES = frozenset(
 )
 # Operators among these that look rows up, like an embedding.
 _LOOKUPS = frozenset({"_unsafe_index", "gather", "index", "index_select", "take"})
-# Operators whose result depends only on the form of their input, or is a single number for all of it.
+# Operators whose results do not count as values of a weight: they depend on its shape, or summarize it.
 _ASKS = frozenset(
     {
         *("_local_scalar_dense", "bernoulli", "count_nonzero", "empty_like", "equal"),
@@ -135,14 +137,14 @@ _ASKS = frozenset(
 
 
 _NONE: frozenset[str] = frozenset()
-_PLACES = 8  # at most, for one weight
+_PLACES = 8  # most code locations to record for a weight
 
 
 class _Now:
     """State of the whole process.
 
     Attributes:
-        epoch: Counter whose increase makes every form be watched again.
+        epoch: Counter. After an increase, every form is watched again.
         active: Number of watches that are running.
     """
 
@@ -169,11 +171,12 @@ class _Model:
     Attributes:
         root: Weak reference to the model.
         setting: Number of the set of active adapters. Each set is watched on its own.
+        settings: The sets of adapters that were active so far, in the order of their numbers.
         checked: Pairs of epoch and setting for which a call of the whole model was watched to its end.
-        read: Set that collects the names of weights that are applied; None if nobody wants them.
+        read: Set that collects the names of the weights that graphs read; None outside of :func:`reading`.
         copied: Adapted weights of the model that this one is a copy of. Code that keeps a layer in a global
             or a closure still computes with them.
-        places: Code locations that have a whole adapted weight computed, by the name of the weight.
+        places: Code locations that need the values of a whole adapted weight, by the name of the weight.
     """
 
     def __init__(self) -> None:
@@ -265,7 +268,7 @@ def _of_torch(module: nn.Module) -> bool:
 
 
 def note_place(module: nn.Module, weight: str, location: str) -> bool:
-    """Record a code location that has an adapted weight computed. Return False if it is known.
+    """Record a code location that needs the values of an adapted weight. Return True if it was added.
 
     Args:
         module: The module that has the weight.
@@ -283,13 +286,13 @@ def note_place(module: nn.Module, weight: str, location: str) -> bool:
 
 
 def places_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the code locations that have adapted weights of a rewritten model computed, by weight."""
+    """Return the code locations that need the values of adapted weights of a model, by weight."""
     known = model.__dict__.get(STATE)
     return {} if known is None else {name: tuple(at) for name, at in known.model.places.items()}
 
 
 def is_scoped(model: nn.Module) -> bool:
-    """Return True if a chunked loss tracks the calls of this model."""
+    """Return True if the calls of this model are wrapped for ``loss="chunked"``."""
     how: _How | None = inner_class(model).__dict__.get(_HOW)
     return how is not None and how.scoped
 
@@ -411,7 +414,8 @@ def _first(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    if torch.compiler.is_compiling():  # it gave up on the caller, and starts a graph here
+    """Run a call whose form may be new. Watch it if it is new and can be watched."""
+    if torch.compiler.is_compiling():  # the compiler gave up on the caller, and starts a graph here
         return function(module, *args, **kwargs)
     if IDS in kwargs and key[0][0] == "forward":
         root = entries.model.root()
@@ -419,7 +423,7 @@ def _first(
             refuse_ids(root)
     running: _Watch | None = getattr(_local, "watch", None)
     if running is not None and running.model is entries.model:
-        # The call is a part of a watched one. Its operators are skipped if its form was watched before.
+        # This call is part of a watched call. Its operators are skipped if its form was watched before.
         done = entries.done.knows(*key)
         before, running.paused = running.paused, done
         try:
@@ -473,6 +477,7 @@ def _watched(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    """Run a call under a watch, and raise the error that the watch has found."""
     outer = getattr(_local, "watch", None)
     _local.watch = watch
     with _lock:
@@ -487,7 +492,7 @@ def _watched(
         with _lock:
             _now.active -= 1
         _local.watch = outer
-    if watch.error is not None:  # code of the model has caught it
+    if watch.error is not None:  # code of the model has caught the exception
         raise watch.error
     return result
 
@@ -501,7 +506,7 @@ def _leave_to(watch: _Watch) -> None:
 def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
     """Return True if a call cannot be watched now: it is being traced, or runs without values."""
     if model.root() is None and record_of(module) is not None:
-        model.root = weakref.ref(module)  # a copy, or unpickled
+        model.root = weakref.ref(module)  # the model is a copy, or was unpickled
     root = model.root()
     # A replica of DataParallel has copies of the weights of the model.
     if root is None or not any(module is child for child in root.modules()):
@@ -540,14 +545,14 @@ def _plain(value: Any) -> bool:
 
 
 class _How(NamedTuple):
-    """Form of the class of a watched module.
+    """Settings of the class of a watched module.
 
     Attributes:
-        whole: Whether to watch calls of the module. If not, it only gets properties for effective weights.
-        scoped: Whether heads in it may leave their output to a loss
+        whole: True to watch calls of the module. Otherwise it only gets properties for effective weights.
+        scoped: True if heads in the module may return lazy logits for a loss in chunks
             (:func:`lora_fx.runtime.loss.logits.scoped`).
-        weights: Names of the parameters whose attribute reads apply adapters.
-        saving: How its calls keep less for the backward.
+        weights: Names of the parameters that are read with their adapters, as attributes of the module.
+        saving: The ways in which calls of the module save memory for the backward.
     """
 
     whole: bool
@@ -561,7 +566,7 @@ def watched_class(cls: type[nn.Module], how: _How) -> type[nn.Module]:
 
     Args:
         cls: The class of the module, or of its region.
-        how: Its form.
+        how: The settings of the new class.
     """
     key = (cls, how)
     known = _classes.get(key)
@@ -621,6 +626,7 @@ class _PeftMethod:
 
 
 def _watch(module: nn.Module, how: _How) -> None:
+    """Give a module a watched class, unless it has such a class already or cannot have one."""
     cls: Any = inner_class(module)
     if _MADE in cls.__dict__:
         known: _How = cls.__dict__[_HOW]
@@ -638,6 +644,7 @@ def _watch(module: nn.Module, how: _How) -> None:
 
 
 def _pickles_plainly(cls: type) -> bool:
+    """Return True if a class does not define its own way of copying and pickling."""
     made_by_itself = hasattr(cls, "__deepcopy__") or hasattr(cls, "__getnewargs__")
     ways: tuple[Any, Any] = (cls.__reduce__, cls.__reduce_ex__)
     return not made_by_itself and ways == (object.__reduce__, object.__reduce_ex__)
@@ -726,7 +733,14 @@ class _Weight(NamedTuple):
 
 
 def _weights(model: _Model, every: bool = False) -> list[_Weight]:
-    """Return the weights of the active adapters, or of all, by address; none if values are not local."""
+    """Return the weights that adapters adapt, sorted by address.
+
+    The result is empty if this process does not have the values of all these weights.
+
+    Args:
+        model: State of the model.
+        every: True for the weights of all adapters, not only of the active ones.
+    """
     root = model.root()
     record = record_of(root)
     if root is None or record is None:
@@ -793,7 +807,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
 
     Attributes:
         model: State of the model.
-        paused: Whether to skip operators: the innermost running call has a form that was watched before.
+        paused: True to skip operators, because the form of the innermost running call was watched before.
         error: The first error.
     """
 
@@ -872,7 +886,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         data = [
             tensor
             for tensor, origin in zip(inputs, origins, strict=True)
-            # A single number counts as a gain. In a product or a lookup it may be a batch of one element.
+            # A single number scales the weight. In a product or a lookup it may be a batch of one element.
             if not origin
             and (tensor.numel() > 1 or (kind != "pointwise" and not self._of_model(tensor)))
         ]
@@ -890,7 +904,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         """Raise if code of the model or the user runs this operator on a weight without its adapters.
 
         Raises:
-            CaptureError: If it does.
+            CaptureError: If such code runs it.
         """
         if torch_private.in_backward():
             return  # a backward inside the forward

@@ -47,7 +47,8 @@ def spread(
 
     Args:
         vector: [out].
-        like: The output. For a matrix times a vector, its features are on the axis of the rows of a product.
+        like: The output. If it has too few dimensions for the axes, as a matrix times a vector does, the
+            vector is returned as it is.
         axes: Axes of the features in an output, counted from its end.
         sizes: Sizes of these axes, if there are several.
 

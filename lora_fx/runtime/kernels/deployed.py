@@ -1,9 +1,9 @@
-"""A linear operation that is trained for the storage of its weight: ``y = x Q(W + s·BA)ᵀ + bias``.
+"""A linear operation with the adapted weight rounded as in the merged model: ``y = x Q(W + s·BA)ᵀ + bias``.
 
-Q rounds the adapted weight as a merge stores it. Its gradient is that of the identity (the straight-through
-estimator, Bengio et al. 2013, arXiv:1308.3432): ``dA = s Bᵀ dyᵀ x``, ``dB = s dyᵀ x Aᵀ`` and
-``dx = dy Q(W + s·BA)``. The first two are products of rank r, and no gradient of the size of the weight is
-computed. Nothing of that size is kept: the backward pass rounds the weight again.
+Q rounds the adapted weight to the format in which a merge stores it. Its gradient is that of the identity
+(the straight-through estimator, Bengio et al. 2013, arXiv:1308.3432): ``dA = s Bᵀ dyᵀ x``,
+``dB = s dyᵀ x Aᵀ`` and ``dx = dy Q(W + s·BA)``. The first two are products of rank r, and no gradient of the
+size of the weight is computed. Nothing of that size is kept: the backward pass rounds the weight again.
 
 ``W + s·BA`` is computed in fp64 and rounded to fp32. So the order of a sum hardly ever changes a bit, and
 neither do the settings of fp32 products (TF32).
@@ -196,7 +196,7 @@ def deployed_linear(
 
     The product is that of the merged model: the kernel of the format's library reads the stored weight. Under
     autocast the gradients of A and B are computed in autocast's dtype, else in that of ``x``. A compiler
-    gets the values of the weight from one operator. Over a quantized base it leaves this function out.
+    gets the values of the weight from one operator. Over a quantized base, the function is not compiled.
 
     Args:
         x: [..., in].
@@ -208,7 +208,7 @@ def deployed_linear(
         deploy: The storage.
         compute_dtype: As in :func:`lora_fx.formats.weights.quantized_linear`.
         threshold: As in :func:`lora_fx.formats.weights.quantized_linear`.
-        base_training: True if the model trains, which LLM.int8() asks for.
+        base_training: True if the model trains. LLM.int8() depends on it.
 
     Returns:
         [..., out].
@@ -303,7 +303,7 @@ class _Deployed(torch.autograd.Function):
         _, of_weight, _, of_a, of_b, *_ = ctx.needs_input_grad
         keep = of_weight or of_a
         again = source.saved if keep and source is not None else ()
-        # Without a gradient of A (LoRA-FA, arXiv:2308.03303), the product with A is enough for that of B.
+        # Without a gradient of A (LoRA-FA, arXiv:2308.03303), that of B needs only the product with A.
         down = flat(x).to(options.dtype) @ a.T.to(options.dtype) if of_b and not keep else None
         is_quantized = quantization_of(weight) is not None
         ctx.weight = KeptWeight.of(weight) if is_quantized else None

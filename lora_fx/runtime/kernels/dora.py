@@ -1,10 +1,10 @@
 """Weight-decomposed adapters at training time: ``y' = g ∘ x (W + s·BA)ᵀ + bias``, ``g = m / ‖W + s·BA‖``.
 
-DoRA (Liu et al. 2024, arXiv:2402.09353) trains a magnitude m for each output feature, and with the factors
-its direction. The norm is taken over all weights of a feature, and is a constant for the gradient (section
-4.3). The term ``(g - 1) ∘ (y - bias) + g ∘ s·x AᵀBᵀ`` is added to the base output y, without a second product
-with W. The gradient of m needs ``y - bias``, which no layer saves. :func:`rescaled` and :func:`recomputed`
-are two ways to get it.
+DoRA (Liu et al. 2024, arXiv:2402.09353) trains a magnitude m for each output feature. The factors train the
+direction of its weights. The norm is taken over all weights of a feature, and is a constant for the gradient
+(section 4.3). The term ``(g - 1) ∘ (y - bias) + g ∘ s·x AᵀBᵀ`` is added to the base output y, without a
+second product with W. The gradient of m needs ``y - bias``, which no layer saves. :func:`rescaled` and
+:func:`recomputed` are two ways to get it.
 """
 
 from __future__ import annotations
@@ -301,10 +301,10 @@ def applied_weight(
 
 
 def held(gains: Tensor) -> Tensor:
-    """Return the gains as constants if an output can be divided by each of them, else ``gains`` itself.
+    """Return the gains, detached if an output can be divided by each of them.
 
-    With constants, :func:`rescaled` computes the gradient of the gains from its output. Otherwise it saves
-    the base output.
+    With detached gains, :func:`rescaled` computes the gradient of the gains from its output. Otherwise it
+    saves the base output.
     """
     if not gains.requires_grad or not torch.is_grad_enabled() or not divisible(gains):
         return gains
@@ -324,7 +324,7 @@ def divisible(gains: Tensor) -> bool:
 
 
 def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
-    """Return ``s · g ∘ B``. The branch is scaled at B, which is small.
+    """Return ``s · g ∘ B``. Scaling B costs less than scaling the output of the branch.
 
     Args:
         b: [out, r] or [out, r, 1, ...].
@@ -337,7 +337,7 @@ def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
 def shifted(bias: Tensor | None, gains: Tensor, like: Tensor) -> Tensor | None:
     """Return ``(1 - g) ∘ bias``, in the dtype of ``like``. It undoes the gain on the bias in a base output.
 
-    Return None without a bias: tensor parallelism may add it afterwards.
+    Return None if ``bias`` is None. Tensor parallelism may add the bias after the operation.
     """
     if bias is None:
         return None

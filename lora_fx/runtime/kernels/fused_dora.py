@@ -1,6 +1,6 @@
 """A linear operation and its DoRA branch as one function: ``y = g ∘ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + bias``.
 
-The gain and the branch are applied to the output in place. For the backward it saves the same tensors as
+The gain and the branch are applied to the output in place. The backward needs the same saved tensors as in
 :mod:`lora_fx.runtime.kernels.fused_lora`, and the gain ([out]): x (or the inputs that x is recomputed from),
 the product with A ([tokens, r]) and, with dropout, a bit for each element of x.
 
@@ -69,8 +69,9 @@ def dora_linear(
         scale: The scale s of the branch.
         gains: g of :func:`lora_fx.runtime.kernels.dora.gain`, [n], in fp32, or fp64 for an fp64 weight.
         again: True to recompute ``x Wᵀ`` for the gradient of g, which costs a product and no memory.
-            Otherwise it is computed from the output, which is saved. It is recomputed anyway if a gain is
-            near 0, if the values of the gains cannot be read, or if only some ``rows`` have the branch.
+            Otherwise the gradient is computed from the output, which is saved. ``x Wᵀ`` is recomputed anyway
+            if a gain is near 0, if the values of the gains cannot be read, or if only some ``rows`` have the
+            branch.
         dropout: Dropout probability of the branch's input, rounded as in
             :func:`lora_fx.runtime.kernels.masks.kept`.
         training: True if dropout is active.
@@ -103,6 +104,8 @@ def dora_linear(
 
 
 class _Options(NamedTuple):
+    """Options of a call. With ``again``, the backward recomputes ``x Wᵀ``."""
+
     scale: float
     rows: _Rows | None
     again: bool
@@ -116,7 +119,7 @@ class _Options(NamedTuple):
         return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
 
     def steered(self, b: Tensor, gains: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return ``s · g ∘ B``. The branch is scaled at B, which is small."""
+        """Return ``s · g ∘ B``. Scaling B costs less than scaling the output of the branch."""
         return (b * (gains * self.scale)[:, None]).to(dtype)
 
 

@@ -1,14 +1,14 @@
 """A linear operation and its LoRA branch as one function: ``y = x Wᵀ + bias + s · (drop(x) Aᵀ) Bᵀ``.
 
 The branch is added in place (``addmm_``). Without dropout, neither pass allocates a tensor of tokens ×
-features for it. For the backward pass it keeps x, or the tensors from which x is computed again
-(:mod:`lora_fx.runtime.kernels.recompute`). It also keeps the product with A ([tokens, r]) and, with dropout,
-one bit for each element of x. Autograd over the plain operations keeps the masked input and its mask, and
-makes four more passes over the output.
+features for the branch. For the backward pass the function keeps x, or the tensors from which x is computed
+again (:mod:`lora_fx.runtime.kernels.recompute`). It also keeps the product with A ([tokens, r]) and, with
+dropout, one bit for each element of x. Autograd over the plain operations keeps the masked input and its
+mask, and makes four more passes over the output.
 
 Operations that share x have one product with all their A's in each pass, and one gradient of x. Over a
 quantized weight (QLoRA, arXiv:2305.14314) the kernel of its library computes ``x Wᵀ``. The backward pass
-dequantizes the weight again, so that nothing of its size is kept.
+dequantizes the weight again, so that no tensor of that size is kept.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 
 
 def _has_autocast(kind: str) -> bool:
-    """Return True if autocast exists on a kind of device; on the meta device, asking for it is an error."""
+    """Return True if a kind of device has autocast. For the meta device, PyTorch's other queries raise."""
     return torch.amp.is_autocast_available(kind)
 
 
-torch_private.make_constant(_has_autocast)  # Dynamo of PyTorch 2.11 cannot trace the question
+torch_private.make_constant(_has_autocast)  # Dynamo of PyTorch 2.11 cannot trace it
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,16 +99,16 @@ def apply(
     Args:
         function: A function with ``setup_context``.
         plain: A function that computes the same outputs with plain operations, none of them in place. It runs
-            under the transforms of ``torch.func``, because vmap cannot write a batch into a tensor without
-            one, in programs of ``torch.export``, and for a sparse x, which has few operations.
+            in programs of ``torch.export``, and for a sparse x, which few operations support. It also runs
+            under the transforms of ``torch.func``: vmap cannot write a batch into a tensor without one.
         arguments: The arguments of both; the first is x.
     """
     compiling = torch.compiler.is_compiling()
     if transformed() or arguments[0].layout is not torch.strided:
         return plain(*arguments)
     if compiling and (torch_private.in_export() or not _needs_gradient(arguments)):
-        # Runtimes of exported programs lay tensors out in other ways than the trace, in which a view of an
-        # output may not exist. And Dynamo does not trace a function that has no gradient to compute.
+        # Runtimes of exported programs may use other strides than the trace, and then a view of an output
+        # fails. Dynamo does not trace an autograd function that computes no gradient.
         return plain(*arguments)
     if not torch.is_grad_enabled():
         return tuple(function.forward(*arguments)[:-1])
@@ -203,7 +203,7 @@ Rows = tuple[int, int]
 
 
 class Kernel(Protocol):
-    """The product with a frozen weight that autograd does not see, such as a quantized one."""
+    """Product with a frozen weight, such as a quantized one. Autograd does not see the product."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute ``x Wᵀ + bias``, [..., out], as a new contiguous tensor."""
@@ -213,6 +213,7 @@ class Kernel(Protocol):
 
 
 Option = tuple[float, Rows | None, Kernel | None]
+"""The scale of a branch, its outputs (None for all), and the kernel of its base product if there is one."""
 
 
 def applied(
@@ -224,7 +225,7 @@ def applied(
     plain: bool = False,
     source: Source | None = None,
 ) -> tuple[Tensor, ...]:
-    """Run operations with one input x. The caller has cast the tensors that autocast would cast.
+    """Run linear operations with branches on one input. The caller has cast tensors for autocast.
 
     Args:
         x: [..., in].
@@ -278,7 +279,7 @@ def _in_fours(values: Sequence[Any]) -> list[_Four]:
 
 
 class _Operation(NamedTuple):
-    """An operation of a call."""
+    """One linear operation of a call, with its branch."""
 
     weight: Tensor
     bias: Tensor | None
@@ -421,7 +422,7 @@ class _LoraLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
     ) -> Tensor:
-        # First, because its error is the layer's if x has a wrong shape
+        # First the operation itself: if x has a wrong shape, the error is that of the layer.
         out = writable(F.linear(x, weight, bias))
         down = x.reshape(-1, x.shape[-1]) @ a.T
         out.view(-1, out.shape[-1]).addmm_(down, b.T, alpha=options[0][0])
@@ -670,10 +671,10 @@ def quantized_lora_linear(
 ) -> Tensor:
     """Compute :func:`lora_fx.formats.weights.quantized_linear` with a LoRA branch.
 
-    The base's product and its dtype are equal to the last bit to those of the operation alone, also under
-    autocast. The branch is computed in autocast's dtype, or in that of ``x``. The weight is frozen. Otherwise
-    it behaves as :func:`lora_fx.runtime.kernels.fused_lora.lora_linear` does, except that a compiler sees
-    plain operations and decides what to keep.
+    The base product has the dtype and the bits of the operation without a branch, also under autocast. The
+    branch is computed in autocast's dtype, or in that of ``x``. The weight is frozen. Otherwise it behaves as
+    :func:`lora_fx.runtime.kernels.fused_lora.lora_linear` does, except that a compiler sees plain operations
+    and decides what to keep.
 
     Args:
         x: [..., in].
@@ -688,7 +689,7 @@ def quantized_lora_linear(
         rows: The outputs (start, stop) to which the branch is added; None for all.
         compute_dtype: Dtype of the base's product; see :func:`lora_fx.formats.weights.quantized_linear`.
         threshold: The threshold of LLM.int8().
-        base_training: True if the model trains, which LLM.int8() asks for.
+        base_training: True if the model trains. LLM.int8() depends on it.
 
     Returns:
         [..., out].
@@ -742,7 +743,7 @@ class _Product:
         return grad.to(dtype) @ self.weight.values(dtype)
 
     def _autocast(self, kind: str) -> contextlib.AbstractContextManager[object]:
-        """Return a context with the autocast of the operation's call, which is disabled around this."""
+        """Return a context that restores the autocast state of the call, because the caller disabled it."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(kind, self.autocast)

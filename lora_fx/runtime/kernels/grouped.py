@@ -1,4 +1,4 @@
-"""Factors of grouped convolutions: dense, as PEFT stores A, and in the blocks of the groups."""
+"""Conversions of the factors of grouped convolutions: between dense factors and the blocks of the groups."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ def of_groups(b: Tensor, groups: int) -> Tensor:
 
 
 def between_groups(a: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Split a dense A, [r, in, ...], into its blocks, [r, in/g, ...], and all other values.
+    """Split a dense A, [r, in, ...], into the blocks of the groups, [r, in/g, ...], and all other values.
 
     Returns:
-        The values for the channels of each row's own group, and the tensor without them.
+        The values for the channels of each row's own group, and a detached copy of A with zeros in their
+        place, [g, r/g, g, in/g, ...].
     """
     rows = a.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # type: ignore[no-untyped-call]
     index = torch.arange(groups, device=a.device)

@@ -4,11 +4,11 @@ On a CPU, PyTorch draws one number per element, which takes longer than a skinny
 mask of bytes ten times slower than it multiplies. Here, 64 elements share each random word, as bit slices.
 The numbers that are compared with the probability never exist in memory.
 
-Inductor on a CPU also draws one number per element, without vector instructions. It gets the same words from
-an operator, ``lora_fx::mask_bits``, in an order that vector instructions can read. A byte has the bits of
-eight elements that are an eighth of a row apart (*planes*). The operator is a function of a seed that the
-compiled code draws with PyTorch's generator. A compiler handles such draws: it does not merge two of them,
-and repeats them for a checkpoint.
+Inductor on a CPU also draws one number per element, without vector instructions. Compiled code gets the same
+words from an operator, ``lora_fx::mask_bits``, in an order that vector instructions can read. A byte has the
+bits of eight elements that are an eighth of a row apart (*planes*). The operator is a function of a seed that
+the compiled code draws with PyTorch's generator. A compiler handles such draws: it does not merge two of
+them, and repeats them for a checkpoint.
 
 On a GPU with Triton, a mask is a *seed*, from which the kernels of
 :mod:`lora_fx.runtime.kernels.triton_kernels` draw bits.
@@ -103,7 +103,7 @@ def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
     Args:
         x: A tensor of any shape.
         dropout: Probability that an element becomes zero, see :func:`kept`.
-        training: Whether dropout is active.
+        training: True if dropout is active.
     """
     if not (training and dropout):
         return x
@@ -169,7 +169,7 @@ class TileMasks:
 
     @contextlib.contextmanager
     def tile(self, rows: slice) -> Iterator[None]:
-        """Draw the masks of some tokens inside of the block. The first of them is a multiple of 8."""
+        """Draw the masks of some tokens inside of the block. ``rows`` starts at a multiple of 8."""
         self._rows, self._drawn = slice(rows.start, min(rows.stop, self.total)), 0
         token = _tiles.set(self)
         try:
@@ -207,8 +207,8 @@ def draw(x: Tensor, dropout: float) -> Tensor:
     Returns:
         On a CPU, bits that are 1 for dropped elements: uint8 [ceil(n / 8)], or planes (int8, see
         :func:`in_planes`) under a compiler. On a GPU with Triton, a seed: an int64 scalar. Otherwise bool in
-        the shape of ``x``, True for kept elements. The latter is also for ``torch.export``, small tensors and
-        ``torch.func`` transforms, under which each sample of a batch may have its own mask.
+        the shape of ``x``, True for kept elements. A bool mask is also drawn for ``torch.export``, for small
+        tensors on a CPU, and under ``torch.func``, where each sample of a batch may have its own mask.
     """
     masks = None if torch.compiler.is_compiling() else _tiles.get()
     part = None if masks is None else masks.mask(x, dropout)
@@ -354,7 +354,7 @@ def _is_seed(mask: Tensor) -> bool:
 
 
 def in_planes(mask: Tensor) -> bool:
-    """Return True if a mask of :func:`draw` has the form of planes, for a compiler."""
+    """Return True if a mask of :func:`draw` consists of planes, which compiled code reads."""
     return mask.dtype == torch.int8
 
 
@@ -363,7 +363,7 @@ def _kept_planes(mask: Tensor, backward: bool) -> Tensor:
 
     Args:
         mask: The planes.
-        backward: Whether a backward reads it. The backward uses a different expression than the forward.
+        backward: True if a backward reads the mask. It uses a different expression than the forward.
             Otherwise a compiler would save the common value, which has eight times the size of the planes
             and is slower to read.
     """

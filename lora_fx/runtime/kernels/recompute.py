@@ -53,7 +53,8 @@ ACTIVATION, PARAMETER, MODULE = "activation", "parameter", "module"
 _SMALL = 8  # an activation has at least this many times the elements of a small parameter
 
 _SHARING = ("cpu", "cuda")  # devices with copy-on-write memory
-_RECIPES = (*_SHARING, "meta")  # meta tensors have no memory to write into
+# Devices whose tensors can be recomputed. Meta tensors have no memory that a write could change.
+_RECIPES = (*_SHARING, "meta")
 
 
 def lazy_copy(tensor: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ class Chain(Subgraph):
     Attributes:
         kinds: The kind of each placeholder. A module is called by :func:`called`.
         modules: The modules among the placeholders.
-        saves: Whether autograd would save more than the inputs. If not, the operations run as they are, and
+        saves: True if autograd would save more than the inputs. If not, the operations run as they are, and
             only the products that read the output recompute it.
         again: The graph of the backward, if it differs from the forward. It has the operations of the
             modules, which may have changed by then, and kernels that agree up to rounding.
@@ -178,7 +179,7 @@ class Chain(Subgraph):
             out = self.run(None, *leaves)
         if type(out) is Tensor and out.device.type in _RECIPES:
             entry = _Entry(recipe, _held(saved), out)
-            # A copy at another address was made at once: its address cannot tell of later writes.
+            # A copy at another address is not copy-on-write, and its address would not show later writes.
             if entry.address == torch_private.data_address(entry.copy):
                 _known[out] = entry
         return out
@@ -229,7 +230,7 @@ def chain_of(
         graph: Operations of the forward. The graph must not be edited afterwards.
         kinds: :data:`ACTIVATION`, :data:`PARAMETER` or :data:`MODULE` for each placeholder.
         modules: The modules among the placeholders.
-        saves: Whether autograd would save more than the inputs.
+        saves: True if autograd would save more than the inputs.
         again: Operations of the backward, or None for those of the forward.
     """
     again_key = None if again is None else Subgraph.key(again)
@@ -395,7 +396,7 @@ def _held(saved: Sequence[Tensor]) -> _Held:
     """Return references to the inputs, which live as long as autograd saves them.
 
     Saved-tensor hooks (checkpointing, offloading) replace the saved tensors. The references are strong then,
-    and last as long as the output: a product must save the same tensors, whoever else holds them.
+    and last as long as the output, because a product has to save the same tensors.
     """
     if torch_private.saved_tensor_hooks() is None:
         return tuple(map(TensorWeakRef, saved))
@@ -468,7 +469,7 @@ class Source(NamedTuple):
 
         Args:
             saved: The tensors that autograd has saved.
-            again: Whether it is differentiated again (double backward). The result then has the history of
+            again: True if the result is differentiated again (double backward). It then has the history of
                 ``saved``. If the input itself is alive and unmodified, it is returned: a caller may ask for
                 its gradient.
         """

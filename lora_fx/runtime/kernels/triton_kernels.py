@@ -5,9 +5,8 @@ result into a new matrix, and saves a byte for each element. Here a mask is a *s
 (:func:`lora_fx.runtime.kernels.masks.draw`). Each kernel draws the elements of its tile, in registers, from
 Philox 4x32-10 (Salmon et al. 2011, SC '11). Its outputs depend only on the seed and the position in the
 matrix. So the forward, the backward and a checkpoint's recomputation have the same mask, whatever their tiles
-are. One
-call of Philox gives the bytes of sixteen neighbors in a row: element (i, j) is kept if byte ``j % 16`` of the
-call with the counter ``(j // 16, i, 0, 0)`` is at least the threshold.
+are. One call of Philox gives the bytes of sixteen neighbors in a row. Element (i, j) is kept if byte
+``j % 16`` of the call with the counter ``(j // 16, i, 0, 0)`` is at least the threshold.
 
 Sums over tokens or features are split by the shapes alone, and added in a fixed order. No operation is
 atomic, and a run repeats bit for bit. The products are operators, ``lora_fx::…``, so that modes of PyTorch
@@ -29,7 +28,7 @@ __all__ = ["add_dropped_", "check", "dropout_mask", "dropped_outer", "dropped_pr
 
 # Programs that a grid should have. It is a constant, so that splits depend on shapes and not on the GPU.
 _PROGRAMS = 256
-# Tiles that a program should add up at least, if a sum is split.
+# Least number of tiles that a program should add up if a sum is split.
 _LEAST_STEPS = 4
 # This is Triton's default, but Triton warns unless it is set.
 _COMPILED = {"enable_fp_fusion": True}
@@ -37,7 +36,10 @@ _COMPILED = {"enable_fp_fusion": True}
 
 @triton.jit
 def _kept(packed, rows, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the mask of a tile, bool [ROWS, COLUMNS]. The tile's first column is a multiple of 16."""
+    """Return the mask of a tile, bool [ROWS, COLUMNS], which starts at a multiple of 16 columns.
+
+    ``packed`` has the threshold in its lowest byte, and the seed of Philox above it.
+    """
     groups = first // 16 + tl.arange(0, COLUMNS // 16)
     zero = tl.zeros((ROWS, COLUMNS // 16), tl.int32)
     low, high = groups[None, :] + zero, rows[:, None] + zero
@@ -235,7 +237,7 @@ def _add_kernel(
 
 
 def _power(size: int) -> int:
-    """Return the next power of two from a size on, but at least the 16 of a matrix instruction."""
+    """Return the least power of two that is at least a size, and at least 16 for matrix instructions."""
     return max(16, 1 << (size - 1).bit_length())
 
 
@@ -263,7 +265,7 @@ def _tiles(rank: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _precision() -> str:
-    """Return the precision of fp32 products, as PyTorch's setting for its own products has it."""
+    """Return the precision of fp32 products that PyTorch is set to use for its own products."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

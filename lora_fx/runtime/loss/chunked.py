@@ -251,7 +251,7 @@ class Job:
         grad: Tensor | None,
         count: Tensor | None,
     ) -> Tensor:
-        """Add the gradients of one chunk to the sums, and return its loss. Its tensors are freed then.
+        """Add the gradients of one chunk to the sums, and return its loss. Keep no tensors of the chunk.
 
         Args:
             sums: The sums for x and for each of ``tensors``; None for those that need no gradient.
@@ -306,7 +306,8 @@ def kept_here() -> Iterator[None]:
 def checkpoint_here() -> Any:
     """Return the hook of the checkpoint that will recompute the current code, or None.
 
-    It identifies the checkpoint. A reentrant checkpoint has no hook, and runs its forward without gradients.
+    The hook identifies the checkpoint. A reentrant checkpoint has no hook, but it runs its forward without
+    gradients.
     """
     hooks = torch_private.saved_tensor_hooks()
     hook = None if hooks is None else hooks[0]

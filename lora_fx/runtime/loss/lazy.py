@@ -1,4 +1,4 @@
-"""Tensors that are computed later: the questions that they answer, and their history in autograd."""
+"""Helpers for tensors that are computed later: detection of reads of metadata, and an autograd history."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _ASKING = {
 
 
 class Unmade(torch.autograd.Function):
-    """The autograd history of a lazy tensor. Its backward runs only if code took it for a real tensor."""
+    """Autograd history of a lazy tensor. Its backward runs only if code used the tensor as a computed one."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, make: Callable[[], Tensor], error: LoraFxError) -> Tensor:
-        """Return the lazy tensor that ``make`` creates. It requires a gradient, as ``anchor`` does."""
+        """Return the lazy tensor that ``make`` creates. It requires a gradient if ``anchor`` does."""
         ctx.error = error
         return make()
 
@@ -38,7 +38,7 @@ class Unmade(torch.autograd.Function):
         """Raise, because the gradient of the lazy tensor would be lost.
 
         Raises:
-            LoraFxError: The error.
+            LoraFxError: The error that forward has got.
         """
         raise ctx.error
 

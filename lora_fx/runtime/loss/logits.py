@@ -110,7 +110,7 @@ class _Scope:
         return chunked.checkpoint_here() is self.checkpoint
 
     def close(self, out: Any) -> Any:
-        """End a call of the model. Logits that no loss has taken are computed now, before their inputs go.
+        """End a call of the model. Compute logits that no loss has used, and drop the inputs of the heads.
 
         Args:
             out: The output of the forward.
@@ -224,7 +224,7 @@ def head_of(name: str, graph: fx.Graph, outputs: int, draws: bool) -> Head:
     """Return the head of a graph. Equal graphs share one object.
 
     Args:
-        name: The name that the code which calls the head shows.
+        name: Name of the function in generated code.
         graph: A graph that computes rows of logits. Its first placeholder is the head's input. It must not be
             edited afterwards.
         outputs: The number of classes.
@@ -282,7 +282,7 @@ class _Group:
         self.dtype = like.dtype
 
     def logits(self, form: _Form, made_by: _MadeBy | None) -> Logits:
-        """Return a lazy tensor of this form."""
+        """Return a lazy tensor of a form, derived by ``made_by``, or by the head if that is None."""
         shape = list(form.indices.shape)
         shape.insert(form.axis, self.head.outputs)
         anchor = next(tensor for tensor in (self.x, *self.leaves) if _wants(tensor))
@@ -332,7 +332,7 @@ class _Group:
                 logits._make()
 
     def close(self) -> None:
-        """Compute unused logits at the end of the call, and drop the head's inputs."""
+        """Compute the logits if nothing has used them, and drop the head's inputs."""
         left = [referent for ref in self.wholes if (referent := ref()) is not None]
         if not self.taken and left:
             self.make()
@@ -365,7 +365,7 @@ def _words(name: str) -> str:
 
 
 class Logits(Tensor):
-    """Logits that are not computed yet. A loss computes them in chunks, any other reader all at once."""
+    """Logits that are not computed yet. A loss computes them in chunks, any other operation all at once."""
 
     _group: _Group
     _form: _Form
@@ -396,7 +396,7 @@ class Logits(Tensor):
             return Gone(self._group.head.__name__, tuple(self.shape))
 
     def _value(self) -> Tensor:
-        """Return the logits; compute them if nobody has asked for them before."""
+        """Return the computed logits. The first read computes them."""
         if self._whole is None:
             self._group.make()
         assert self._whole is not None
@@ -546,7 +546,7 @@ class _Operation(NamedTuple):
         return self.logits._group.head.outputs
 
     def shape(self, shape: Sequence[int]) -> Sequence[int]:
-        """Return the shape of the result for an input of a shape, or () if the function refuses it."""
+        """Return the shape of the result for an input of this shape, or () if the function raises."""
         try:  # with a tensor that takes no memory
             probe = torch.empty(()).expand(*shape)
             return tuple(self.function(probe, *self.args, **self.kwargs).shape)

@@ -1,4 +1,4 @@
-"""Steps that keep less memory: blocks that run again, tiles of tokens, inputs on the host."""
+"""Ways to save memory in a training step: recomputed blocks, tiles of tokens, block inputs on the host."""
 
 from __future__ import annotations
 

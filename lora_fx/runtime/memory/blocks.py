@@ -30,7 +30,7 @@ _around: ContextVar[_Contexts] = ContextVar("lora_fx_blocks", default=contextlib
 
 @contextlib.contextmanager
 def recomputing_in(context: _Contexts) -> Iterator[None]:
-    """Run blocks again inside of a context. Modes of the forward are not active in the backward."""
+    """Let the backward run blocks inside ``context``, because modes of the forward have ended by then."""
     token = _around.set(context)
     try:
         yield
@@ -39,10 +39,10 @@ def recomputing_in(context: _Contexts) -> Iterator[None]:
 
 
 def recomputed(forward: Callable[..., Any], blocks: int) -> Callable[..., Any]:
-    """Return a forward that runs again in the backward, in training with gradients.
+    """Wrap the forward of a block so that the backward recomputes it, in training with gradients.
 
-    An empty cache of keys and values, which a model of transformers makes by default, is left out. A call
-    that gets another object which the block might change, such as a filled cache, runs as it is.
+    An empty cache of keys and values, which models of transformers create by default, is left out. A call
+    with any other object that the block might change, such as a filled cache, is not recomputed.
 
     Args:
         forward: The forward of a block.
@@ -59,10 +59,10 @@ def recomputed(forward: Callable[..., Any], blocks: int) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
         tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-        # Tensors are arguments, so that PyTorch sees writes into them before the backward.
+        # Tensors are passed as arguments, so that PyTorch detects writes into them before the backward.
         def call(*values: Tensor) -> Any:
             for index, value in zip(tensors, values, strict=True):
-                # An expanded view has no recipe (runtime/recompute.py), which is lost on the host.
+                # An expanded view has no recipe (kernels/recompute.py). Inputs on the host would lose theirs.
                 leaves[index] = value.expand_as(value) if value.requires_grad else value
             positional, keywords = pytree.tree_unflatten(leaves, spec)
             leaves[:] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -88,7 +88,7 @@ def _contexts(replay: Replay, around: _Contexts) -> tuple[Any, Any]:
 
 
 class _Both:
-    """Context of a block that runs again."""
+    """Context in which the backward runs a block again."""
 
     def __init__(self, replay: Replay, around: _Contexts) -> None:
         self._replay, self._around = replay, around
@@ -113,7 +113,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _without_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the arguments without empty caches, which nothing has to be read from."""
+    """Return the arguments with None for each empty cache, and then ``use_cache=False`` if it was passed."""
 
     def emptied(value: Any) -> Any:
         length = getattr(value, "get_seq_length", None)

@@ -1,12 +1,12 @@
 """Inputs of blocks that wait for the backward pass in the memory of the host.
 
-A block that is computed again in the backward keeps only its input. On a device with its own memory, the
-input of each block is copied to pinned memory of the host while the device computes the block. In the
-backward, fetching the input of one block starts the copy of the input of the block before it. Both copies run
-on a stream of their own.
+A block that the backward computes again keeps only its input. On a device with separate memory, the input of
+each block is copied to pinned memory of the host while the device computes the block. In the backward,
+fetching the input of one block starts the copy of the input of the block before it. Both copies run on a
+separate stream.
 
-On a CPU there is no other memory, and tensors stay where they are. A planner counts what a device would do
-(:func:`simulated`).
+On a CPU there is no other memory, and tensors stay where they are. A planner can simulate the copies of a
+device, to count their memory (:func:`simulated`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _copier: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("lora_fx_hos
 
 @contextlib.contextmanager
 def simulated(copier: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Copy tensors of any device, with a function that returns the copy. A planner counts it apart."""
+    """Copy tensors of any device with ``copier``, so that a planner can count the memory of the copies."""
     token = _copier.set(copier)
     try:
         yield
@@ -55,7 +55,7 @@ class _HostCopy:
         before: Weak reference to the copy that was made before this one, which the backward needs next.
         fetched: The tensor on the device and the event after which it is complete, once the copy back has
             begun.
-        simulated: True if a planner counts the copy.
+        simulated: True if the copy was made for a planner (:func:`simulated`).
     """
 
     def __init__(self, tensor: Tensor, version: int, before: weakref.ref[_HostCopy] | None) -> None:
@@ -164,8 +164,8 @@ def check_room(size: int, copies: int) -> None:
 
     Args:
         size: The bytes of the next copy.
-        copies: The number of copies of about this size that a step makes from here on. A warning tells if
-            they need more memory than is free.
+        copies: The number of copies of about this size that a step still makes. If they need more memory than
+            is free, a warning is logged.
 
     Raises:
         ConfigError: If the next copy needs more memory than is free.

@@ -1,4 +1,4 @@
-"""State of a module that runs again in the backward: it computes as in its forward."""
+"""Context in which a module that runs again in the backward has the state of its forward."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Replay"]
 
 
 class _Buffer(NamedTuple):
-    """A buffer before the forward.
+    """State of a buffer before the forward.
 
     Attributes:
-        holder: The buffers of its module.
-        name: Its name there.
+        holder: The dictionary of buffers of the module that has the buffer.
+        name: Name of the buffer, its key in ``holder``.
         tensor: The tensor.
-        values: Its values, which share memory with the tensor until it is written.
-        state: What changes with a write into the tensor.
+        values: Lazy copy of the tensor. Both share memory until the tensor is written.
+        state: The result of :func:`_state` for the tensor.
     """
 
     holder: MutableMapping[str, Any]
@@ -37,8 +37,9 @@ class _Buffer(NamedTuple):
 class Replay:
     """Context in which a module computes as it did when this object was created.
 
-    Training modes and buffers are those of that time, and afterwards again those of now. So statistics of a
-    batch norm are updated once. A graph that is kept for two backwards enters the context twice.
+    Inside the context, training modes and buffers have their values of that time. On exit they get their
+    newer values back, so that the statistics of a batch norm are updated once. The context can be entered
+    again, for a graph that is kept for two backwards.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -79,12 +80,15 @@ class Replay:
 
 
 def _restore(tensor: Tensor, values: Tensor, state: tuple[int, int]) -> None:
-    """Write values into a tensor if it was written since it had a state."""
+    """Write values into a tensor, unless it still has the state that belongs to the values."""
     if _state(tensor) != state:
         with torch.no_grad():
             tensor.copy_(values)
 
 
 def _state(tensor: Tensor) -> tuple[int, int]:
-    """Return what changes with a write. The kernels of batch norms do not bump the version counter."""
+    """Return the version counter and the address of a tensor. A write changes at least one of them.
+
+    The kernels of batch norms do not bump the counter. After a lazy copy, their write changes the address.
+    """
     return torch_private.version_counter(tensor), torch_private.data_address(tensor)

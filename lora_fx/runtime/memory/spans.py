@@ -43,10 +43,10 @@ class Source:
     """A call of the first module of a span.
 
     Attributes:
-        x: Its argument, [..., tokens, in].
+        x: The argument of the call, [..., tokens, in].
         module: The module.
-        is_computed: Whether its result was computed.
-        in_tiles: Whether tiles did so.
+        is_computed: True if the result of the call was computed.
+        in_tiles: True if the result was computed in tiles.
     """
 
     def __init__(self, x: Tensor, module: nn.Module) -> None:
@@ -79,11 +79,11 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
-    """An operation on tokens. It does not hold them.
+    """An operation on tokens, which are passed when it runs.
 
     Attributes:
         function: The operation.
-        args, kwargs: Its arguments, with steps in place of their results.
+        args, kwargs: The arguments. A step stands for its result, and :data:`ROWS` for the tokens.
         autocast: Returns a context that restores the autocast state of the call.
     """
 
@@ -113,12 +113,12 @@ class _Step:
 
 
 class LazyTensor(Tensor):
-    """A result for all tokens that the last module of a span computes in tiles.
+    """Result for all tokens inside a span. The last module of the span computes it in tiles.
 
     Attributes:
         source: The call of the first module.
         step: The operation that computes the result.
-        row: Zeros of the same form with one token.
+        row: A tensor with the shape, dtype and device of the result for one token.
     """
 
     source: Source
@@ -142,7 +142,7 @@ class LazyTensor(Tensor):
 
     @property
     def waits(self) -> bool:
-        """Return True if its values were not computed for all tokens."""
+        """Return True until the values of all tokens are computed."""
         return self._whole is None
 
     def whole(self) -> Tensor:
@@ -183,11 +183,12 @@ class LazyTensor(Tensor):
 
 
 def lazy_result(compute: Callable[[Tensor], Tensor], source: Source) -> LazyTensor | None:
-    """Return the result of the first module of a span, which is computed later, or None if it must be now.
+    """Return a lazy result of the first module of a span, or None if it has to be computed now.
 
     Args:
-        compute: Function of tokens that returns the result. It is called with no tokens, to learn the form.
-        source: The call.
+        compute: Function of tokens that returns the result. It is called with zero tokens, to get the shape
+            and dtype.
+        source: The call of the module.
     """
     x = source.x
     axes = [1] * (x.dim() - 2)
@@ -215,17 +216,17 @@ def _lazy(source: Source, step: _Step, row: Tensor) -> LazyTensor | None:
 
 
 class _MixingError(Exception):
-    """An operation is not one on each element."""
+    """Error for an operation that is not elementwise."""
 
 
 class _Elementwise(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Dispatch mode that lets only operations on each element pass."""
+    """Dispatch mode that raises for operations that are not elementwise."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator.
 
         Raises:
-            _MixingError: If it might mix elements, write into one, or draw random numbers.
+            _MixingError: If the operator might mix elements, write into arguments, or draw random numbers.
         """
         if not is_elementwise(func):
             raise _MixingError
@@ -256,11 +257,11 @@ def _recorded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyT
 # --- modules of a span ------------------------------------------------------------------------------------
 
 _first: ContextVar[frozenset[int]] = ContextVar("lora_fx_first_of_spans", default=frozenset())
-"""Ids of the modules in which spans begin, in the call of their layer."""
+"""Ids of the first modules of the spans in the layer that is running."""
 
 
 def spanned(forward: Callable[..., Any], spans: Sequence[Sequence[str]]) -> Callable[..., Any]:
-    """Return the forward of a layer in which spans run in tiles, in training with gradients.
+    """Wrap the forward of a layer so that its spans run in tiles, while gradients are enabled.
 
     Args:
         forward: Forward of the layer.
@@ -288,7 +289,7 @@ def spanned(forward: Callable[..., Any], spans: Sequence[Sequence[str]]) -> Call
 
 
 def opened(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward of the first module of a span, which returns a :class:`LazyTensor`."""
+    """Wrap the forward of the first module of a span so that it returns a :class:`LazyTensor`."""
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -304,7 +305,7 @@ def opened(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def closed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward of the last module of a span, which computes the span in tiles."""
+    """Wrap the forward of the last module of a span so that it computes the span in tiles."""
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -5,9 +5,9 @@ at most :data:`LONGEST` tokens, so these tensors stay small whatever the length 
 backward computes each tile again, and runs its backward at once. Only the input of the module is kept.
 
 The input is saved before the first tile is computed. A block that is recomputed up to its last saved tensor
-therefore does not compute the tiles of its last module: they run twice in a step, not three times.
+therefore does not compute the tiles of its last module: the tiles run twice in a step, not three times.
 
-Which modules these are is decided in :mod:`lora_fx.passes.plan.savings`.
+The modules are chosen in :mod:`lora_fx.passes.plan.savings`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ __all__ = [
 SHORTEST, LONGEST = 256, 4096
 """Least and greatest number of tokens of a tile."""
 
-_TILES = 16  # of a sequence whose tiles are within these limits
-_PACKED = 1024  # the least with quantized weights, which each tile decodes
+_TILES = 16  # number of tiles of a sequence, if their length is within these limits
+_PACKED = 1024  # least number of tokens with quantized weights, because each tile decodes them
 
 _inside: ContextVar[bool] = ContextVar("lora_fx_inside_tile", default=False)
 
@@ -56,12 +56,12 @@ def length_of(tokens: int, module: nn.Module) -> int:
 
 
 def tiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a forward that runs in tiles, in training with gradients.
+    """Wrap the forward of a module so that it runs in tiles, while gradients are enabled.
 
     Args:
-        forward: Forward of a module with one tensor, [..., tokens, in]. It returns tensors [..., tokens, out]
-            or [tokens, out], with all tokens on one axis. Each token of the results depends on the same token
-            of the argument only.
+        forward: Forward of a module that takes one tensor, [..., tokens, in]. It returns tensors of shape
+            [..., tokens, out], or [tokens, out] with all tokens on one axis. Each token of the results
+            depends on the same token of the argument only.
     """
 
     @functools.wraps(forward)
@@ -77,7 +77,7 @@ def tiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def called(forward: Callable[..., Any], module: nn.Module, name: str | None, x: Tensor) -> Any:
-    """Return the results of a module for one argument, by position or with a name."""
+    """Call a forward with one argument: by keyword if ``name`` is its name, by position if it is None."""
     return forward(module, x) if name is None else forward(module, **{name: x})
 
 
@@ -142,7 +142,7 @@ def draws(module: nn.Module) -> bool:
 
 
 class _UnfitError(Exception):
-    """The results of a tile are not those of its tokens: the module was found with another size of inputs."""
+    """Error for results of a tile that do not have its tokens. Planning has seen inputs of another size."""
 
 
 class _Call:
@@ -153,7 +153,7 @@ class _Call:
         parameters: Its trained parameters.
         shape: Shape of the argument.
         length: Tokens of a tile.
-        replay: The state of the module in the forward.
+        replay: Context that restores the state of the module in the forward.
         generators: States of the random generators before the first tile; None if nothing is drawn.
         spec: Structure of the result, once a tile is computed.
     """
@@ -175,7 +175,7 @@ class _Call:
         self.replay = Replay(module)
 
     def run(self, rows: Tensor, tile: slice, masks: TileMasks) -> list[Tensor]:
-        """Compute the results of a tile, in which only the first axes differ from the whole."""
+        """Compute the results of a tile. Its input has as many axes as the argument of the call."""
         x = rows.reshape(*[1] * (len(self.shape) - 2), *rows.shape)
         token = _inside.set(True)
         try:
@@ -190,7 +190,7 @@ class _Call:
         return results
 
     def whole(self, result: Tensor) -> Tensor:
-        """Return an empty result for all tokens, like that of a tile."""
+        """Return an uninitialized result for all tokens, like the result of a tile."""
         apart = result.dim() == len(self.shape)
         return result.new_empty(*(self.shape[:-1] if apart else (self.tokens,)), result.shape[-1])
 
@@ -206,7 +206,7 @@ class _Call:
 
 
 class _Kept(torch.autograd.Function):
-    """Function that saves the input of tiles, before they are computed."""
+    """Autograd function that saves the input of the tiles before any tile is computed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class _Kept(torch.autograd.Function):
 
 
 class _Tiles(torch.autograd.Function):
-    """Function that computes a module in tiles, and computes each tile again in the backward."""
+    """Autograd function that computes a module in tiles, and computes each tile again in the backward."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Modules that hold the parameters of adapters: factors, dropouts, and the containers of bare parameters."""
+"""Modules that hold the tensors of adapters: factors, dropouts, state, and containers for bare parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-# Attributes of modules, and of lora_fx.runtime.rows.samples.SampleRows.
+# Adapter names that would hide attributes of modules or of lora_fx.runtime.rows.samples.SampleRows.
 _TAKEN = (
     *(
         "training",
@@ -67,16 +67,16 @@ class AdapterModule(nn.Module):
 
 
 class AdapterFactors(AdapterModule):
-    """One factor of a site for every adapter: ``layer.lora_A.default`` is a parameter.
+    """One factor (A or B) of a site, with a parameter for each adapter, such as ``layer.lora_A.default``.
 
     It has no forward, because the graph reads the parameters. Thus accelerate's hooks, which load parameters
-    before a call, never run. :class:`OffloadedFactors` queries them instead.
+    before a call, never run. :class:`OffloadedFactors` loads a parameter when it is read.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. Accelerate's hook turns the module into :class:`OffloadedFactors`.
+        """Set an attribute. Setting accelerate's hook turns the module into :class:`OffloadedFactors`.
 
-        FSDP2 registers its sharded parameters in this way, too.
+        FSDP2 also replaces factors by sharded ones here. A digest of the whole factor is recorded before.
         """
         if isinstance(value, nn.Parameter):
             note_whole(self, name, value)
@@ -89,7 +89,7 @@ class AdapterFactors(AdapterModule):
 
         Raises:
             ConfigError: If the hook is from Opacus, for per-sample gradients. This module is never called, so
-                it would not run.
+                the hook would not run.
         """
         library = type(getattr(getattr(hook, "func", hook), "__self__", None)).__module__
         if library.partition(".")[0] == "opacus":
@@ -161,9 +161,9 @@ class KeptIndices(AdapterFactors):
 
 
 class AdapterState(AdapterFactors):
-    """Tensors of a kind for every adapter, which training calls write into, as buffers.
+    """Buffers that training calls write into, one tensor for each adapter.
 
-    They are not trained. A module that runs again in the backward has those of its forward.
+    They are not trained. If the backward runs the module again, they have their values of the forward.
     """
 
     def add(self, adapter: str, value: torch.Tensor) -> None:
@@ -174,7 +174,7 @@ class AdapterState(AdapterFactors):
 class AdapterDropout(AdapterModule, nn.Dropout):
     """Dropout of an adapter's branch at a site.
 
-    It is an ``nn.Dropout``, so code that looks for these finds it (``model.eval()``, TRL's
+    It is an ``nn.Dropout``, so code that looks for such modules finds it (``model.eval()``, TRL's
     ``disable_dropout``, a schedule of probabilities). The graph reads ``p`` and ``training`` at each call. It
     never calls the module, so hooks on it do not run.
     """
@@ -207,7 +207,10 @@ class AdapterDropouts(AdapterModule):
 
 
 class Holder(AdapterModule):
-    """Container for the factors of a bare parameter. It is a sibling of the parameter in its module."""
+    """Container for the factors of a bare parameter, in the module that owns the parameter.
+
+    A bare parameter is used without a layer, such as the stacked weights of experts.
+    """
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Raise, because the container is not a layer.

@@ -1,4 +1,8 @@
-"""Sizes at which each form of call was checked. Code may behave differently at other sizes."""
+"""Record of the calls of a module that were checked, by their form and the sizes of their tensors.
+
+A form has everything that matters about a call except sizes, such as the training mode and the classes of the
+arguments. Sizes are recorded because code may behave differently at other sizes.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,16 @@ from collections.abc import Hashable, Iterable
 
 __all__ = ["Sizes"]
 
-_EACH = 4  # so many sizes of a form are checked one by one
-_REMEMBERED = 1000  # so many sizes that passed by their ranges are kept
+_EACH = 4  # number of sizes of a form that are all checked
+_REMEMBERED = 1000  # most unchecked sizes to store in ``known`` because their range was checked
 
 
 class Sizes:
     """Forms of calls that were checked, with the sizes of each check.
 
     The first few sizes of a form are all checked. Later sizes are checked only if they are in a new range.
-    Ranges are the powers of two, which code likes to compare with, and the numbers between two of them. A
-    text that grows is then checked a few times, and not at each token.
+    Each power of two is a range, because code often compares sizes with powers of two. So are the numbers
+    between two powers. While generation makes a text longer, only a few of its sizes are checked.
 
     Attributes:
         known: Pairs of a form and sizes that need no check.
@@ -53,7 +57,7 @@ class Sizes:
 
 
 def _ranges(sizes: Iterable[object]) -> tuple[object, ...]:
-    """Return the number of the range of each size. Other values stay."""
+    """Replace each size by the number of its range, also in nested tuples. Other values stay."""
     return tuple(
         2 * size.bit_length() + (size & (size - 1) == 0)
         if isinstance(size, int)

@@ -1,11 +1,11 @@
 """Classes that are created at run time for existing modules.
 
-Another library may subclass such a class in turn, as FSDP2 does for every module that it shards. The members
-that it adds stay when the class below it is exchanged.
+Another library may subclass such a class in turn, as FSDP2 does for every module that it shards. When
+lora-fx replaces its own class, it creates the library's subclass again on top of the new class.
 
-A trainer saves a rewritten model with methods of the model's class, which do not know adapters. Our members
-replace them (:data:`_MEMBERS`). Layers of transformers checkpoint their activations in a decorator of
-``forward`` that compares itself with ``type(self).forward``. A new class therefore gets a copy of the
+A trainer saves a rewritten model with methods of the model's class, which do not know adapters. lora-fx
+replaces these methods (:data:`_MEMBERS`). Layers of transformers checkpoint their activations in a decorator
+of ``forward`` that compares itself with ``type(self).forward``. A new class therefore gets a copy of the
 decorator that refers to itself (:func:`around`).
 """
 
@@ -38,7 +38,7 @@ BASE = "_lora_fx_base"
 """Attribute of a class that was created at run time: the module's original class."""
 
 OVER = "_lora_fx_over"
-"""Attribute of our copy of another library's subclass: the module's original class, below it."""
+"""Attribute of a library's subclass that lora-fx has created again: the module's original class, below it."""
 
 
 class Blank:
@@ -46,7 +46,7 @@ class Blank:
 
     Attributes:
         cls: The module's class, which was created at run time and cannot be imported.
-        made_of: Returns a function and its arguments, which create such a module in another process.
+        made_of: Returns a function and its arguments. Calling it creates such a module in another process.
     """
 
     def __init__(self, cls: type, made_of: Callable[[], tuple[Any, ...]]) -> None:
@@ -67,7 +67,7 @@ def blank(origin: Any) -> Any:
     Args:
         origin: A :class:`Blank`, or the module that was created when the Blank was unpickled.
     """
-    # Not cls.__new__, which creates a class for each fx.GraphModule.
+    # cls.__new__ is not called, because that of fx.GraphModule creates another class.
     return object.__new__(origin.cls) if isinstance(origin, Blank) else origin
 
 
@@ -75,7 +75,10 @@ _outer: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValue
 
 
 def inner_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that lora-fx created for a module, or its own, below subclasses of other libraries."""
+    """Return the class that lora-fx created for a module, or the original class if there is none.
+
+    Subclasses that other libraries have added on top are skipped.
+    """
     inner: type[nn.Module] = type(module)
     for cls in inner.__mro__:
         if BASE in cls.__dict__:
@@ -88,13 +91,14 @@ def inner_class(module: nn.Module) -> type[nn.Module]:
 
 
 def give_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a module another class in place of :func:`inner_class`."""
+    """Replace the :func:`inner_class` of a module. Subclasses of other libraries stay on top of it."""
     outer = _made_over(type(module), inner_class(module), cls)
-    # Not with the module's own __setattr__, which may intercept this attribute, too.
+    # The module's own __setattr__ may intercept ``__class__``.
     object.__setattr__(module, "__class__", outer)
 
 
 def _made_over(outer: type, old: type, new: type) -> type:
+    """Return a class like ``outer``, with ``new`` instead of ``old`` among its ancestors."""
     if outer is old:
         return new
     known = _outer.get((outer, new))
@@ -172,15 +176,15 @@ _MEMBERS = {
     "save_pretrained": "lora_fx.checkpoint.trainers:saves_adapter",
     "_keys_to_ignore_on_save": "lora_fx.checkpoint.trainers:ignores_base",
 }
-"""Factories of members that replace those of the same name, from which they are created.
+"""Members of model classes that lora-fx replaces, with the function that creates each replacement.
 
-A factory is imported when a class with such a member is watched. It is therefore found even in a process that
-has unpickled a model and imported nothing else of lora-fx.
+The function takes the original member. It is imported when a class with that member is watched, so that it is
+available even in a process that has unpickled a model and imported nothing else of lora-fx.
 """
 
 
 def members_of(cls: type) -> dict[str, Any]:
-    """Return the members that replace those of a class."""
+    """Return the replacements for those members of a class that :data:`_MEMBERS` lists."""
     return {
         name: pkgutil.resolve_name(maker)(getattr(cls, name))
         for name, maker in _MEMBERS.items()

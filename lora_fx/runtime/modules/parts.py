@@ -66,7 +66,7 @@ def check_not_in_parts(x: Any) -> None:
 
 
 def factor_beside(factor: Any, like: Any) -> Any:
-    """Return a factor in the form of the base product: as a ``DTensor``, or as the local tensor of this rank.
+    """Return a factor as the kind of tensor that the base product is: a ``DTensor``, or a local tensor.
 
     Args:
         factor: The factor as it is stored.
@@ -95,9 +95,9 @@ def factor_beside(factor: Any, like: Any) -> Any:
 
 
 def slot_beside(slot: Any, a: Any, like: Any) -> Any:
-    """Return a vector of the output features in the form and dtype of the base product.
+    """Return a vector of the output features as the kind of tensor, and in the dtype, of the base product.
 
-    If each rank computes a local term of a sum, only the first rank gets the vector, and the others zeros.
+    If each rank computes a local term of a sum, the first rank gets the vector, and other ranks get zeros.
 
     Args:
         slot: The vector as it is stored.
@@ -348,8 +348,8 @@ def _version(value: Any) -> int:
 def check_equal(model: nn.Module) -> None:
     """Raise if ranks had different factors when FSDP2 sharded them. Runs once.
 
-    Each rank cuts its shard from its values, so training would use a mixture. Factors that were modified
-    since, or had no values, count as equal.
+    Each rank cuts its shard from its own factors, so training would use a mixture of them. Factors that were
+    modified after the sharding, or had no values, count as equal.
 
     Raises:
         ConfigError: On every rank, with the first factor that differs.
@@ -367,7 +367,7 @@ def check_equal(model: nn.Module) -> None:
         (value for _, (_, value, _) in noted), "the first use", json.dumps(mine)
     )
     for module in model.modules():
-        # Keep the names: FSDP2 registers a sharded factor again at each call.
+        # Keep the names, so that note_whole skips them: FSDP2 registers a sharded factor again at each call.
         for name in vars(module).get(_NOTES, ()):
             vars(module)[_NOTES][name] = None
     digests = {rank: json.loads(word) for rank, word in several.items()}
@@ -385,7 +385,7 @@ def check_equal(model: nn.Module) -> None:
 
 
 def _restore_scales(model: nn.Module) -> None:
-    """Give packed weights that FSDP2 has sharded their scales again, in each forward. Runs once.
+    """Add hooks that restore the scales of packed weights, which FSDP2 has sharded without them. Runs once.
 
     Raises:
         QuantizationError: With the first adapted weight whose scales are lost.

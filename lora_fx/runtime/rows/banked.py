@@ -1,8 +1,8 @@
 """Branches in which each row of a batch has its own factors, taken from stacked factors of many adapters.
 
 A *bank* stacks the factors A (or B, or a vector) of all adapters, [slots, in, out]. Slot 0 changes nothing.
-``slots``, [rows], has the slot of each row of the batch. If samples have several rows each, those of a sample
-are adjacent, [rows * t, in].
+``slots``, [rows], has the slot of each row of the batch. An activation may have t adjacent rows for each of
+these, [rows * t, in].
 
 While a call is followed (:mod:`lora_fx.runtime.rows.row_tracking`), each of these functions checks that the
 rows of its input are the samples.
@@ -148,8 +148,8 @@ def banked_vector(bank: Tensor, slots: Tensor, like: Tensor, channels: bool = Fa
 def slots_of_each(slots: Tensor, x: Tensor) -> Tensor:
     """Return the slots in a shape that broadcasts to other indices of a bank, [rows, ...].
 
-    If those have one axis, the slots have an element for each row, even where a file is fed a single one for
-    all. In ONNX both need one shape, and a trace, in which the sizes are equal, would not expand the slots.
+    For indices with one axis, an addition expands the slots to that axis. ONNX needs equal shapes there. A
+    trace leaves out an expansion between equal sizes, but the exported file may get one slot for all rows.
     """
     own = _repeated(slots, x)
     if x.dim() == 1:

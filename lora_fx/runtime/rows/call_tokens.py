@@ -1,4 +1,4 @@
-"""The tokens of a running call, for adapters that act from a phrase in the prompt on.
+"""Tokens of a running call, for adapters that act only from a certain phrase in the prompt on.
 
 A call is open from the entry of a model, or of a module that it calls directly, to its end. It runs in one
 thread. Its tokens are in a thread-local object, which a compiler can read, too. During a backward the tokens
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 OFFSETS = "alora_offsets"
-"""Name of the call argument that gives each sample the number of positions, from its end, that are active."""
+"""Name of the call argument with the number of active positions of each sample, counted from its end."""
 
 IDS_OF_TOKENS = "input_ids"
 _LENGTH = "get_seq_length"
@@ -46,7 +46,7 @@ class _Seen(NamedTuple):
     """Tokens that a cache has seen.
 
     Attributes:
-        active: By phrase, the samples in which it has occurred, [samples].
+        active: For each phrase, True for the samples in which it has occurred, [samples].
         ids: The tokens, [samples, positions].
     """
 
@@ -59,9 +59,10 @@ class _Call:
 
     Attributes:
         ids: The tokens of the call, [samples, positions]; None if it has none.
-        offsets: The number of active positions of each sample, from its end; None if they are not given.
-        seen: The tokens before the call; None for none.
-        masks: The active positions by phrase, [samples, positions].
+        offsets: The number of active positions of each sample, counted from its end; None if the caller did
+            not set it.
+        seen: The tokens that the cache had before the call; None without such tokens.
+        masks: For each phrase, True for the active positions, [samples, positions].
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class _Call:
 
 
 class _State:
-    """State of a thread: the running call, the module that has opened it, and its depth."""
+    """State of a thread: the running call, the module that has opened it, and the depth of nested calls."""
 
     def __init__(self) -> None:
         self.call: _Call | None = None
@@ -91,7 +92,7 @@ _threads = _Threads()
 
 
 def active_positions(x: Tensor, phrase: Sequence[int], weight: str) -> Tensor:
-    """Return the positions from the last occurrence of a phrase on, [samples, positions].
+    """Return a mask of the positions from the last occurrence of a phrase on, [samples, positions].
 
     Args:
         x: The input of the operation, [samples, positions, in] or [samples * positions, in].
@@ -122,10 +123,10 @@ def active_positions(x: Tensor, phrase: Sequence[int], weight: str) -> Tensor:
 
 
 def gated(up: Tensor, positions: Tensor, weight: str) -> Tensor:
-    """Return the output of a branch, with zeros at all other positions than some.
+    """Return the output of a branch, with zeros at the positions where the branch does not act.
 
     Args:
-        up: [samples, positions, out], or with positions of all samples one after the other, [n, out].
+        up: [samples, positions, out], or [samples * positions, out].
         positions: True where the branch acts, [samples, positions].
         weight: Name of the adapted weight in its module.
 
@@ -144,7 +145,7 @@ def gated(up: Tensor, positions: Tensor, weight: str) -> Tensor:
 
 
 def _found(ids: Tensor, phrase: tuple[int, ...], seen: _Seen | None) -> Tensor:
-    """Return the positions from the last occurrence of a phrase on, [samples, positions].
+    """Return a mask of the positions from the last occurrence of a phrase on, [samples, positions].
 
     A single token after a cached prompt is generated: it is active if the prompt has the phrase. More tokens
     are a prompt, which may complete or repeat the phrase. Positions in the cache stay as they are.
@@ -196,7 +197,7 @@ def unwatch_tokens(model: nn.Module) -> None:
 
 
 class _Opening:
-    """Forward pre-hook that opens a call, if none is open, and takes ``alora_offsets``."""
+    """Forward pre-hook that opens a call, if none is open, and removes ``alora_offsets`` from the call."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Open a call."""
@@ -221,7 +222,7 @@ class _Closing:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any
     ) -> None:
-        """Close the call, note its tokens in its cache, and set it again in its backward."""
+        """Close the call, record its tokens in its cache, and register hooks that set it in the backward."""
         state = _threads.running
         if state.opened_by != id(module):
             return
@@ -283,7 +284,7 @@ def _seen(cache: Any, ids: Tensor | None) -> _Seen | None:
         length = int(getattr(cache, _LENGTH)())
         if length < before.shape[1]:  # the cache was cut
             active, before = {}, before[:, :length]
-        elif length > before.shape[1]:  # others have written into it
+        elif length > before.shape[1]:  # other code has written into the cache
             before = before[:, :0]
     # Generation may have repeated the samples.
     repeats, left = divmod(ids.shape[0], max(seen.ids.shape[0], 1))
@@ -300,7 +301,7 @@ def _seen(cache: Any, ids: Tensor | None) -> _Seen | None:
 
 
 def _note(cache: Any, call: _Call) -> None:
-    """Note the tokens of a call, and the samples that have had a phrase, in its cache."""
+    """Record in the cache of a call its tokens, and the samples in which each phrase has occurred."""
     if cache is None or call.ids is None:
         return
     ids, active = call.ids, dict(call.seen.active) if call.seen is not None else {}

@@ -5,9 +5,9 @@ of each adapter over its own rows, forward and backward. Ranks may differ, and n
 of each adapter are contiguous, they are read and written in place. Otherwise they are sorted by adapter
 first, once for all adapters.
 
-For the backward it saves the same tensors as :mod:`lora_fx.runtime.kernels.fused_lora` does for one adapter:
-x (or the inputs that x is recomputed from), the products with the A's, and bit masks. An adapter without a
-row in the batch gets no gradient, as if it had not run.
+The tensors that are saved for the backward are those of :mod:`lora_fx.runtime.kernels.fused_lora`: x (or the
+inputs that x is recomputed from), the products with the A's, and bit masks. An adapter without a row in the
+batch gets no gradient, as if it had not run.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _Dropout = tuple[float, bool] | None
 
 
 class _Adapters(NamedTuple):
-    """The settings of the adapters of a site, in the order of the adapters, and of the base product.
+    """Settings of the adapters of a site, in the order of the adapters, and of the base product.
 
     Attributes:
         scales: The scales of the branches.

@@ -25,7 +25,7 @@ _known: Any = WeakIdKeyDictionary()
 
 
 def prototype(a: Tensor, b: Tensor, seed: int) -> Tensor:
-    """Return the first right singular vector of ``B A``, up to its sign, by power iteration as PEFT has it.
+    """Return the first right singular vector of ``B A``, up to its sign, by PEFT's power iteration.
 
     Args:
         a: [r, in].
@@ -46,7 +46,7 @@ def prototype(a: Tensor, b: Tensor, seed: int) -> Tensor:
 
 @torch_private.constant_when_compiled
 def _first_vector(size: int, seed: int, device: torch.device) -> Tensor:
-    """Return PEFT's first vector of the power iteration, [size]."""
+    """Return the vector, [size], from which PEFT starts the power iteration."""
     generator = torch.Generator(device=device).manual_seed(seed)
     v = torch.randn(size, dtype=torch.float32, device=device, generator=generator)
     vector: Tensor = v / (v.norm() + _EPS)
@@ -69,7 +69,7 @@ def routed(
         x: [..., in].
         downs: The A of each adapter, [r, in].
         ups: The B of each adapter, [out, r].
-        scales: Their scales.
+        scales: The scale of each adapter.
         general: The A and the B of the general adapters, whose means are subtracted; empty for none.
         top_k: The number of adapters of a token.
         temperature: The temperature of the softmax.
@@ -107,7 +107,7 @@ def routed(
 def _cached(
     source: Tensor, pair: tuple[Tensor, Tensor], seed: int, state: Sequence[Tensor]
 ) -> Tensor:
-    """Return a prototype, computed again only if a factor has changed since."""
+    """Return a prototype from the cache. Compute it again if a factor has changed."""
     if torch.compiler.is_compiling() or torch_private.is_fake(source) or source.is_inference():
         return prototype(*pair, seed)
     versions = tuple((id(factor), torch_private.version_counter(factor)) for factor in state)

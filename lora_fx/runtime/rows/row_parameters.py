@@ -1,10 +1,9 @@
-"""Parameters of which each row of a batch has its own values: the heads, norms and biases of its adapter.
+"""Parameters with separate values for each row of a batch: heads, norms and biases that adapters replace.
 
 A :class:`RowParameter` takes the place of a parameter in a module. It holds the values of all adapters as a
-bank (:mod:`lora_fx.runtime.rows.banked`), and the slot of each row. Functions that take a parameter compute
-with
-the values of each row, in any code: a module of PyTorch, a generated graph, or a method of a library.
-Functions without such a form raise.
+bank (:mod:`lora_fx.runtime.rows.banked`), and the slot of each row. When any code calls a function of PyTorch
+with such a parameter, the *form* of that function runs instead. It computes with the values of each row.
+Functions without a form raise.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ __all__ = ["ComputedParameter", "RowParameter", "functions"]
 
 
 class ComputedParameter(Tensor):
-    """A parameter without memory, in place of one of a module. Functions compute with other values instead.
+    """Tensor without memory that replaces a parameter of a module. Its forms run in place of functions.
 
     Attributes:
         fqn: FQN of the parameter.
@@ -36,9 +35,9 @@ class ComputedParameter(Tensor):
 
     @classmethod
     def forms(cls) -> Mapping[Any, Callable[..., Any]]:
-        """Return the functions that may take it, with the functions that then run instead.
+        """Return the form of each function that may take the parameter: the function that runs instead.
 
-        A form returns NotImplemented for arguments that it does not take.
+        A form returns NotImplemented for arguments that it does not support.
         """
         raise NotImplementedError
 
@@ -49,7 +48,7 @@ class ComputedParameter(Tensor):
         """Run the form of a function.
 
         Raises:
-            ConfigError: The function has no form.
+            ConfigError: If the function has no form, or the form does not support the arguments.
         """
         kwargs = dict(kwargs or {})
         if "input" in kwargs:  # the first argument of functions
@@ -89,7 +88,7 @@ def _refuse(parameter: ComputedParameter, function: str) -> NoReturn:
 
 
 class RowParameter(ComputedParameter):
-    """A parameter with its values for each row of a batch. It has the shape and dtype of the parameter.
+    """Parameter with separate values for each row of a batch. It has the shape and dtype of the original.
 
     Attributes:
         bank: The values of all adapters, [slots, *shape].
@@ -129,7 +128,7 @@ _Value: TypeAlias = Tensor | None
 
 
 def _split(value: _Value) -> tuple[RowParameter | None, _Value]:
-    """Return a value as a parameter of rows or as any other one."""
+    """Return ``(value, None)`` for a :class:`RowParameter`, and ``(None, value)`` for any other value."""
     return (value, None) if isinstance(value, RowParameter) else (None, value)
 
 
@@ -265,7 +264,7 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Return the form of a function of each element: of the rows of an activation, or of the bank itself."""
+    """Return the form of an elementwise function. Without an activation, it computes a new bank."""
 
     def form(*args: Any, **kwargs: Any) -> Any:
         args = (*args, *(kwargs.pop(name) for name in ("other",) if name in kwargs))
@@ -368,7 +367,7 @@ _FORMS: dict[Any, Callable[..., Any]] = {
         _turned,
     ),
 }
-"""Functions that take a parameter of each row."""
+"""The form of each function that may take a :class:`RowParameter`."""
 
 _PROPERTIES = [
     *("shape", "dtype", "device", "layout", "requires_grad", "ndim", "is_leaf", "grad_fn"),
@@ -381,4 +380,4 @@ _FACTS = frozenset(
         *(getattr(torch.Tensor, name).__get__ for name in _PROPERTIES),
     )
 )
-"""Functions that read no values."""
+"""Functions and attributes that read no values. They run as they are."""

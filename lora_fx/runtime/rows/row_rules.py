@@ -207,7 +207,10 @@ def _product(first: str, second: str, *added: str) -> Rule:
 
 
 def _rows(*names: str) -> Rule:
-    """Return the rule of a function of each vector along the last axis, and of all other arguments."""
+    """Return the rule of a function of each vector along the last axis of ``names``.
+
+    Each result also depends on all elements of the other arguments.
+    """
 
     def rule(op: Operation) -> Sets | list[Sets]:
         met = union(*(_over(op.sets(name), [-1]) for name in names), op.all_except(names))
@@ -217,7 +220,10 @@ def _rows(*names: str) -> Rule:
 
 
 def _each_first(*names: str) -> Rule:
-    """Return the rule of a function of each slice along the first axis, and of all other arguments."""
+    """Return the rule of a function of each slice along the first axis of ``names``.
+
+    Each result also depends on all elements of the other arguments.
+    """
 
     def rule(op: Operation) -> Sets | list[Sets]:
         other = op.all_except(names)
@@ -342,7 +348,7 @@ def _called(func: Any, named: Mapping[str, Any]) -> Tensor:
 
 
 def _note_placed(reader: Reader, x: Any, indices: Mapping[int, Tensor]) -> None:
-    """Record if indices that depend on the batch choose between elements of different samples."""
+    """Record it if indices that depend on the batch choose between elements of different samples."""
     sets = reader.read(x)
     if sets is None:
         return

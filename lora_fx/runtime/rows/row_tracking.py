@@ -32,7 +32,8 @@ class _Shadow:
     """Samples of the elements of a storage, or of a part of it.
 
     Attributes:
-        sets: [channels, elements]; None if no element has samples.
+        sets: Intervals of samples, [channels, elements]; None if no element has samples. The first two
+            channels have the samples of each element. Two more have presumed samples, if there are any.
         start: Offset of the first element, in elements of ``size`` bytes.
         size: Bytes of an element.
     """
@@ -53,12 +54,12 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
     Attributes:
         samples: Number of samples.
         repeats: How many times in a row the batch may repeat each sample.
-        by_values: Whether values of the batch have decided which sample a row has. Another batch of the same
+        by_values: True if values of the batch have decided which sample a row has. Another batch of the same
             shapes may then have another layout.
-        folded: Whether a site has read several rows per sample.
+        folded: True if a site has read several rows per sample.
         begin_with: Sizes of the first axes of the call's arguments.
         mixed_by: The first operator whose result belongs to several samples.
-        paused: Whether to ignore operators: those of a site, which reports the samples of its rows itself.
+        paused: True to ignore operators, because the running site reports the samples of its rows itself.
     """
 
     def __init__(self, model: nn.Module, samples: int, repeats: int) -> None:

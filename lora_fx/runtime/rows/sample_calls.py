@@ -2,7 +2,7 @@
 
 The first call of each form is followed while it runs (:mod:`lora_fx.runtime.rows.row_tracking`). It raises if
 a site reads rows that are not those of the samples in their order. Later calls of that form run without the
-follower.
+follower. A form is a key of the arguments (:func:`_form`).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ __all__ = ["entered", "ignore_ids", "refuse_ids", "tensors_in", "unwatch_calls",
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# Its methods call parts of a model, such as the encoder, with the arguments of the user.
+# Methods of this package call parts of a model, such as the encoder, with the arguments of the user.
 _GENERATION = "transformers.generation."
 
 
 def watch_calls(model: nn.Module, table: SampleRows) -> None:
-    """Register hooks that open and close each call of a model, or of one of its children, from outside.
+    """Register hooks that open and close a call, on a model and on the modules that it calls directly.
 
     Args:
         model: A model whose sites read ``table``.
@@ -57,7 +57,7 @@ def watch_calls(model: nn.Module, table: SampleRows) -> None:
 
 
 def ignore_ids(model: nn.Module) -> None:
-    """Make calls of a model ignore ``adapter_ids`` until :func:`unwatch_calls`. No adapter is active."""
+    """Make calls of a model without active adapters ignore ``adapter_ids``, until :func:`unwatch_calls`."""
     if _takes_ids(model):
         model.register_forward_pre_hook(_Ignored(), prepend=True, with_kwargs=True)
 
@@ -115,7 +115,7 @@ class _Entry:
 
     def __init__(self, name: str, model: nn.Module, table: SampleRows) -> None:
         self.name, self.model, self.table = name, model, table
-        # If the model's own forward has a parameter of this name, it gets the argument.
+        # If the model's own forward has a parameter ``adapter_ids``, the argument is passed on to it.
         self.takes_ids = not name and _takes_ids(model)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -262,7 +262,7 @@ class _Entry:
             table.proofs.add(thread.form, thread.sizes)
 
     def _check_callers(self, module: nn.Module) -> None:
-        """Raise if another method of the model makes the call: it may have changed the batch unseen."""
+        """Raise if another method of the model makes the call, because it may have changed the batch."""
         inside: set[int] = set()
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
@@ -329,7 +329,7 @@ def _named(ids: Any, table: SampleRows) -> list[str | None]:
 
 
 def _remember(table: SampleRows, results: Any) -> None:
-    """Restore the samples in the backward of a call by hooks: checkpoints recompute parts of it there."""
+    """Add hooks that restore the samples in the backward, where checkpoints recompute parts of the call."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         return
     hook = functools.partial(_replay, table, table.assigned)
@@ -350,7 +350,7 @@ def _form(value: Any, table: SampleRows, sizes: list[int]) -> Any:
 
     Args:
         value: The arguments, or a single argument.
-        table: The samples. The key has only whether a size is their number, or is 0, 1 or more.
+        table: The samples. For a size, the key tells only if it is their number, 0, 1 or greater.
         sizes: List to which the sizes of all tensors are appended.
     """
     if isinstance(value, Tensor):

@@ -62,7 +62,7 @@ class CallState(enum.Enum):
         CLOSED: No call is running.
         TRUSTED: A call is running, and every row is a sample.
         FOLDED: A call is running, and a sample may have several consecutive rows.
-        FOLLOWED: The call is followed to find out which of the two it is.
+        FOLLOWED: A call is running, and a :class:`Follower` finds out which of the two it is.
     """
 
     CLOSED = enum.auto()
@@ -146,16 +146,16 @@ class _ThreadState:
     Attributes:
         assigned: The samples of each adapter.
         samples, repeats: The same fields of ``assigned``.
-        alike: Whether all samples have the same adapter. Then the order of the rows does not matter.
+        alike: True if all samples have the same adapter. Then the order of the rows does not matter.
         rows: Indices of each adapter's samples, [n], by its name.
         layouts: Cache of :meth:`SampleRows.lay_out` and :meth:`SampleRows.slots` for these samples.
-        shared: Whether several asyncio tasks of this thread are inside blocks. Between calls the thread then
-            has no samples.
+        shared: True if several asyncio tasks of this thread are inside blocks. The thread then has no samples
+            between calls.
         state: State of the running call.
         opened_by: Name of the module whose call is running, "" for the model; None if there is no call.
         depth: Nesting depth of the calls of that module.
-        follower, form, sizes, failing: Follower of the call, its form and sizes, and the exception that was
-            being handled when it began. They are set only while a call is followed.
+        follower, form, sizes, failing: Follower of the call, form and sizes of the call, and the exception
+            that was being handled when the call began. They are set only while a call is followed.
         call: Entry hook of the call. It ends a call that neither returned nor raised.
     """
 
@@ -196,8 +196,9 @@ class SampleRows(AdapterModule):
 
     Attributes:
         threads: The state of each thread.
-        inherited: The samples outside of all blocks. A copy has those that applied where it was copied.
-        proofs: Forms of calls that were followed, and whose rows are the samples.
+        inherited: The samples outside of all ``with`` blocks. A copy of the table starts with the samples
+            that applied when it was copied.
+        proofs: Forms of followed calls in which each row is a sample.
         folded: Forms and sizes of calls with several rows per sample.
     """
 
@@ -250,7 +251,7 @@ class SampleRows(AdapterModule):
         Args:
             ids: Adapter name of each sample, or None for the base. Empty if the samples are unknown.
             repeats: How many times in a row the batch may repeat each sample.
-            shared: Whether another asyncio task of this thread is inside a block of this model.
+            shared: True if another asyncio task of this thread is inside a block of this model.
         """
         if self.thread.call is not None:
             self.thread.call.abandon()
@@ -307,7 +308,9 @@ class SampleRows(AdapterModule):
         return layout
 
     def slots(self, x: Tensor, adapters: tuple[str, ...]) -> Tensor:
-        """Return the number of each sample's adapter among these, counted from 1, [samples]; 0 for none.
+        """Return the number of each sample's adapter among ``adapters``, [samples].
+
+        Numbers start at 1. A sample without one of these adapters has 0.
 
         Args:
             x: [samples, ...]. Samples may be repeated, or have several consecutive rows.
@@ -380,7 +383,7 @@ def unfollow() -> None:
 
 @dataclass(frozen=True)
 class SampleSlots:
-    """The adapters of the samples of whatever call is running, as slots of a bank.
+    """Adapters of the samples of the running call, as slots of a bank.
 
     Attributes:
         table: The samples of each adapter.
@@ -447,7 +450,7 @@ def select_rows(
         [n, ...], [n * repeats, ...] or [n * t, ...].
 
     Raises:
-        ConfigError: If that axis is not that of the samples.
+        ConfigError: If the axis is not the axis of the samples.
     """
     x, axis = _led_by(x, axis, least, weight)
     if state is CallState.FOLLOWED:
@@ -549,12 +552,12 @@ def rows_of_tokens(
 
     Args:
         tokens: Token index of each row, [n].
-        hidden: The tokens, [T, d]. Those of a sample are consecutive.
+        hidden: The tokens, [T, d]. The tokens of a sample are consecutive.
         rows: Indices of samples.
-        samples: See :func:`select_rows`, also for the arguments below.
-        repeats: See there.
-        state: See there.
-        weight: See there.
+        samples: Number of samples in the batch.
+        repeats: How many times in a row the batch may repeat each sample.
+        state: State of the call.
+        weight: Name of the adapted weight in its module.
 
     Returns:
         Row indices in ascending order.
@@ -596,7 +599,7 @@ def unseen(function: Callable[..., _T], *arguments: Any) -> _T:
     """Run a function with the follower of the running call paused, if there is one.
 
     Routing orders the rows of experts by values, and scatters the outputs back. A follower cannot track such
-    rows. The code of the experts knows itself which sample each row has.
+    rows. The code of the experts computes the sample of each row from the routing.
     """
     if not _following.followers:
         return function(*arguments)

@@ -1,7 +1,7 @@
-"""Weights of embeddings of which an adapter replaces some rows: those of the tokens that it has trained.
+"""Embedding weights in which an adapter replaces the rows of the tokens that it has trained.
 
-The tokens and the rows are tensors, so that one file takes those of any adapter, and each row of a batch
-takes those of its adapter. A token of -1 replaces no row: it fills up the tokens of an adapter with fewer.
+The tokens and the rows are tensors. So one exported file works with any adapter, and each row of a batch can
+have its own adapter. A token of -1 replaces no row. It pads the tokens of adapters that have fewer of them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ __all__ = ["PatchedWeight"]
 
 
 class PatchedWeight(ComputedParameter):
-    """A weight, [vocabulary, width], with other rows at some indices.
+    """Embedding weight, [vocabulary, width], with the rows of some tokens replaced.
 
     Attributes:
         base: The weight, or a :class:`RowParameter` of it.
-        tokens: Tokens with other rows, [n], or those of all adapters, [slots, n].
-        rows: The rows, [n, width], or [slots, n, width].
-        slots: The slots of the rows of a batch, as for a :class:`RowParameter`; None without slots.
+        tokens: Tokens whose rows are replaced, [n], or [slots, n] for the tokens of all adapters.
+        rows: The replacing rows, [n, width], or [slots, n, width].
+        slots: The slots of the rows of a batch, as in a :class:`RowParameter`; None for one adapter.
         turned: True for the transposed weight.
     """
 
@@ -87,14 +87,15 @@ class PatchedWeight(ComputedParameter):
             tokens = banked.banked_vector(self.tokens, slots, own)
         if bias is not None:
             own = own + bias[tokens.clamp(min=0)]
-        # In a file that is fed one slot for all rows, an expansion of equal sizes would be missing.
+        # An exported file may get one slot for all rows. A trace leaves out an expansion between equal sizes,
+        # so that the tokens are expanded by an addition.
         tokens = tokens + torch.zeros_like(own, dtype=tokens.dtype)
-        # Indices that values of the batch decide cannot be followed. They are of the last axis, not of rows.
+        # A follower cannot track indices that depend on values. These are of the last axis, and move no rows.
         return like_rows(unseen(_with_logits, logits, tokens, own), logits)
 
 
 def _with_logits(logits: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
-    """Replace the logits of tokens, [..., n]. Those of -1 are written to a place that is cut off."""
+    """Replace the logits of some tokens, [..., n]. A token of -1 writes to an extra column, which is cut."""
     indices = torch.where(tokens < 0, logits.shape[-1], tokens)
     return F.pad(logits, (0, 1)).scatter(-1, indices, own)[..., :-1]
 
