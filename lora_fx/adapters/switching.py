@@ -291,7 +291,7 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     rows = tuple(row for name in names for row in record.adapters[name].sites)
     capture = base_capture(model, record)
     adapters = {name: record.adapters[name] for name in names}
-    # Per-sample token rows are added in the weight that a lookup reads, so they need no graph.
+    # Per-sample token rows are added in the weight that a lookup reads, so no graph is edited for them.
     targets: tuple[PlannedSite | PlannedTokens, ...] = rows
     if not per_sample:
         targets = tuple(target for adapter in adapters.values() for target in adapter.places)
