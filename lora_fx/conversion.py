@@ -184,7 +184,7 @@ class _Values:
         self._last: tuple[str, Tensor | None] = ("", None)
 
     def before(self, name: str) -> Tensor | None:
-        """Return the value of a parameter before the change, which is that of the base."""
+        """Return the value of a parameter in the base."""
         if self._last[0] != name:
             value = self._base(name)
             if name in self._changes and value is not None:

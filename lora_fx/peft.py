@@ -352,7 +352,7 @@ class _AutoPeftModel:
 
     @classmethod
     def _load_class(cls, folder: Path, config: _config.LoraConfig) -> Any:
-        """Return the class of the base: that of the task, or the one named in the folder."""
+        """Return the class that loads the base: the class of the task, or the class that the folder names."""
         name, library = cls._loader, "transformers"
         if name is None:
             named = config.auto_mapping or {}

@@ -856,7 +856,7 @@ class _Search:
 def _ranks_by_share(
     shares: Mapping[str, torch.Tensor], same: Mapping[str, str], ranks: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return the number of components that each site gets. The total is that of the ranks.
+    """Return the number of components that each site gets. Their total is the sum of the ranks.
 
     Args:
         shares: The share of the variance that each component explains, for sites that do not use the

@@ -106,7 +106,7 @@ def check_together(record: Record, names: Sequence[str], per_sample: bool) -> No
 
 
 def _check_layers(record: Record, names: Sequence[str]) -> None:
-    """Raise if an adapter has its own values in a layer that has factors, which read the base's values."""
+    """Raise if an adapter replaces values of a layer that factors adapt: factors read the base's values."""
     adapted = {row.site.owner for name in names for row in record.adapters[name].sites}
     for name in names:
         adapter = record.adapters[name]

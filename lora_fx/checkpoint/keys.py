@@ -404,7 +404,7 @@ def _kind_slots(
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the other names of modules in a block that the model has under several names, by the first name.
+    """Map the first name of a module to its other names, if the model has its block under several names.
 
     Current PEFT writes only the first name; older versions wrote all of them. If a parent holds a module
     twice, PEFT adapts only the first.

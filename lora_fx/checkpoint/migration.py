@@ -486,7 +486,7 @@ class _Migrator:
             )
 
     def _known_raw(self, name: str, value: Tensor) -> bool:
-        """Move a tensor that is no factor, if its name or that of transformers fits."""
+        """Move a tensor that is not a factor, if the model has its name or the name from transformers."""
         bare = _bare(name)
         if bare in self.state:
             self.raw[name] = (name, value)

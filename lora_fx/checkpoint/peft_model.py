@@ -350,7 +350,7 @@ class _Inside(_Tuner, nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute, of the model if the tuner has none."""
+        """Return an attribute of the tuner or, if the tuner does not have it, of the model."""
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:

@@ -345,7 +345,7 @@ def save_peft_folder(
     values: Mapping[str, Any],
     said: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write adapters as PEFT's ``save_pretrained`` does, in one move.
+    """Write adapters as PEFT's ``save_pretrained`` does, all of them or none.
 
     Args:
         model: A rewritten model.

@@ -68,7 +68,7 @@ class Target(Protocol):
         """Make an adapter ready to be loaded."""
 
     def has(self, name: str, staged: Staged) -> bool | None:
-        """Return True if the target has this content by this name, False for other content, None for none."""
+        """Return True if the target has this content by this name, False for other content, else None."""
 
     def load(self, name: str, staged: Staged, *, replace: bool) -> None:
         """Load an adapter, or replace the adapter of this name."""

@@ -230,7 +230,7 @@ def extract(
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:
-    """Return True if a parameter is inside one of some modules."""
+    """Return True if a parameter is inside one of the modules."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
