@@ -7,7 +7,7 @@ Three lines from a model to an adapted model::
     config = lora_fx.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)
     model = lora_fx.rewrite(model, config)
 
-Every name is loaded when it is first used, PyTorch as well.
+Every name is imported on first use. ``import lora_fx`` alone does not import PyTorch.
 """
 
 from __future__ import annotations

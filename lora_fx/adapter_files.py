@@ -27,13 +27,13 @@ PICKLE_NAME: Final = "adapter_model.bin"
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read the tensors of an adapter. A pickle is read only if it can hold nothing but tensors.
+    """Read the tensors of an adapter. A pickle is loaded with ``weights_only=True``, so it runs no code.
 
     Returns:
         Tensors on the CPU by the keys in the file, and the file's metadata.
 
     Raises:
-        CheckpointError: If there is no file, or it is damaged, or a pickle that could run code.
+        CheckpointError: If there is no file, the file is damaged, or it is a pickle that could run code.
     """
     path = current(folder / WEIGHTS_NAME)
     if path.is_file():

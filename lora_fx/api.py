@@ -172,15 +172,15 @@ def plan(
         strict: True to raise if an entry of the configuration selects nothing.
         frontend: As for :func:`capture`.
         deploy: As for :func:`rewrite`. The plan checks that each site can have this storage.
-        merge_into: A storage, named as for ``deploy``. The plan then has for each site the least
-            ``‖ΔW‖ / ‖W‖`` of which a merge that rounds to nearest keeps nine tenths.
-        tokens: Number of tokens in the training data that the loss counts, each once. The advice then
-            compares the data with the capacity of the adapter, and has a learning rate
+        merge_into: A storage, named as for ``deploy``. The plan then has, for each site, the smallest
+            ``‖ΔW‖ / ‖W‖`` at which a merge with rounding to nearest keeps nine tenths of the change.
+        tokens: Number of tokens in one epoch of the training data that contribute to the loss. The advice
+            then compares the data with the capacity of the adapter, and suggests a learning rate
             (:mod:`lora_fx.ir.advice`).
-        budget: The most that the adapter may train: a number of parameters, or bytes of its tensors as
-            ``"20MB"`` (10^6 bytes) or ``"20MiB"``. The gradients of ``inputs`` choose the rank of each site
-            (:mod:`lora_fx.adapters.budget`). ``r`` and ``rank_pattern`` then only give the scales, which
-            stay. Each site keeps at least its smallest rank.
+        budget: The upper bound for everything that the adapter trains: a number of parameters, or a size of
+            its tensors such as ``"20MB"`` (20 · 10^6 bytes) or ``"20MiB"``. The gradients of ``inputs``
+            choose the rank of each site (:mod:`lora_fx.adapters.budget`). ``r`` and ``rank_pattern`` then
+            only set the scales, which do not change. Each site keeps at least its smallest rank.
         inputs: For ``budget``: a few batches with labels, as for :func:`initialize`.
         loss_fn: For ``budget``, as for :func:`initialize`.
         forward: For ``budget``, as for :func:`initialize`.
@@ -193,7 +193,8 @@ def plan(
         NoMatchError: If nothing is selected; lists the nearest names.
         PartialMatchError: With ``strict``.
         ConfigError: If a site cannot be trained for the storage of ``deploy``; names it and the reason. If
-            the budget is too small; says how large it has to be. If its gradients cannot be computed.
+            the budget is too small; says how large it has to be. If the gradients for the budget cannot be
+            computed.
         CaptureError: If the model cannot be captured.
     """
     if tokens is not None:
@@ -260,7 +261,7 @@ def compare(
         The plans: print them for a table of sites, parameters, FLOPs, bytes and ranks.
 
     Raises:
-        ConfigError: If there is no configuration, or they are not a dict.
+        ConfigError: If ``configs`` is empty or not a dict.
         NoMatchError: If a configuration selects nothing; names it.
         CaptureError: If the model cannot be captured.
     """
@@ -314,8 +315,9 @@ def rewrite(
             is "least".
         strict: True to raise if an entry of the configuration selects nothing.
         frontend: As for :func:`capture`.
-        callback: A function that is called with the pass's name and the capture after each pass: ``capture``,
-            then those of :func:`lora_fx.passes.pipeline.rewrite_passes`. Use it to inspect the graphs.
+        callback: A function that is called with a name and the capture: first after the capture, with the
+            name ``capture``, then after each pass of :func:`lora_fx.passes.pipeline.rewrite_passes`, with the
+            pass's name. Use it to inspect the graphs.
         deploy: The storage in which the adapted weights will be used: a format of :func:`quantize`
             ("int4", "int8", "nf4", …), "bf16", "fp16", or the format of a quantized base. The forward then
             multiplies with the rounded weights, ``Q(W + s·BA)``, and gradients pass through the rounding
@@ -420,15 +422,16 @@ def merge(
 
     Args:
         model: A rewritten model; it is not changed.
-        unexpected: Other arguments by position are refused: options have names.
+        unexpected: Refused: pass all options by keyword.
         adapter_names: The adapters to merge; by default the active ones.
         into: Fold into this model, of the original class, instead of a copy of the base. Its weights are
-            overwritten slice by slice, which needs no second copy. A copy or a cast of it is another model:
-            a merge into that adds to its weights. A parameter whose memory is shared with
+            overwritten slice by slice, which needs no second copy. A parameter whose memory is shared with
             something else (as the model that was rewritten shares it with ``model``) is replaced by a new
-            one. A second merge begins with the weights from before the first one, which are copied from the
-            base; with no ``adapter_names`` it restores them. For a quantized base, pass a dense model: the
-            adapters' change is added to its weights, not to the quantized values, and only once.
+            one. A second merge into the same model first restores the weights from before the first one,
+            which are copied from the base; with no ``adapter_names`` it only restores them. A model that was
+            copied or cast after a merge counts as a new one, so the next merge adds to its weights. For a
+            quantized base, pass a dense model: the adapters' change is added to its weights, not to the
+            quantized values, and only once.
         dtype: The dtype of all parameters and buffers of the result, each rounded once. By default each
             weight keeps its dtype. If a quantized base becomes dense, all parameters get the widest dtype
             among its unquantized parameters (if all are quantized, the dtype of the quantized values). The
@@ -438,18 +441,18 @@ def merge(
             with ``deploy`` is stored in its format in any case.
         own: True to make the result independent, as with ``into``: it shares nothing, and requires gradients
             if the original did.
-        rounding: The way in which merged weights of 16 bits or less are rounded. ``"nearest"``: each number
-            to the nearest one. ``"compensated"``: with error feedback, so that the outputs for ``inputs``
-            change least (GPTQ, arXiv:2210.17323); without inputs, errors along a row add up to about zero.
-            ``"stochastic"``: up or down at random, so that the mean stays. Convolutions, embeddings,
-            experts, biases and formats without a known grid are rounded to nearest.
+        rounding: The way in which merged weights of 16 bits or less are rounded. ``"nearest"``: each value to
+            the nearest value of the dtype. ``"compensated"``: with error feedback, so that the outputs for
+            ``inputs`` change least (GPTQ, arXiv:2210.17323); without inputs, errors along a row add up to
+            about zero. ``"stochastic"``: up or down at random, so that the mean is unchanged. Convolutions,
+            embeddings, experts, biases and formats without a known grid are rounded to nearest.
         inputs: Batches as for :func:`initialize`, on which compensated rounding depends; 100 to 1000 samples
             are enough. The report then has the error of each site's output for them.
         forward: A function that calls the model with a batch of ``inputs``, if they have another form.
         seed: The seed of stochastic rounding.
         example_inputs: As for :func:`rewrite`: the report then has the error of the model's outputs.
-        return_report: True to measure every merged weight against fp64 and return the report as well.
-            Without it a sample of each weight is measured. A merge that loses more than a tenth of the
+        return_report: True to compare every merged weight with an fp64 computation, and return the report as
+            well. Without it, a sample of each weight is compared. A merge that loses more than a tenth of the
             adapters' change logs a warning.
         progress: True to show a progress bar (if tqdm is installed), or a function that is called with (done,
             total, site name) before each weight.
@@ -460,8 +463,8 @@ def merge(
 
     Raises:
         MergeError: If there is nothing to merge, the result would not be finite, arguments exclude each
-            other, or a format cannot hold a merged weight. The message names the weight; a dense merge always
-            can.
+            other, or a format cannot hold a merged weight. The message names the weight. A dense merge has no
+            such limit.
         CaptureError: If the example inputs do not fit the model, or an adapted layer was deleted or replaced
             after the rewrite.
     """

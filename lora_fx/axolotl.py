@@ -67,7 +67,8 @@ class _Rewrites:
             config_only: Refused: axolotl then lets TRL's trainer adapt the model with PEFT.
 
         Returns:
-            The model as a ``PeftModel``, and the configuration of PEFT; None for another adapter.
+            The model as a ``PeftModel``, and the configuration of PEFT; None if ``adapter:`` names another
+            library.
 
         Raises:
             ConfigError: As :func:`lora_fx.rewrite` and :func:`lora_fx.load_adapter` raise, and for trainers

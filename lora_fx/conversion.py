@@ -1,4 +1,4 @@
-"""LoRA made of adapters of other methods, by the change that each makes to a weight."""
+"""Conversion of adapters of other methods to LoRA, from the change that each makes to a weight."""
 
 from __future__ import annotations
 
@@ -85,18 +85,20 @@ def convert_adapter(
 
     Folders of PEFT (LoHa, LoKr, OFT, BOFT, IA³, VeRA, MiSS and Bone, HRA, RandLoRA, FourierFT, VB-LoRA,
     AdaLoRA, LN tuning, trainable tokens) and files of LyCORIS, kohya and ComfyUI are read. The factors of a
-    weight are the leading singular triples of its change. They are exact if the rank reaches that of the
-    change: VeRA, AdaLoRA, HRA, MiSS and VB-LoRA have low ranks, OFT, IA³ and RandLoRA full ones. Biases,
-    norms and modules that the adapter has in full stay so.
+    weight are the leading singular triples of its change. They are exact if the rank of the site is at least
+    that of the change. Changes of VeRA, AdaLoRA, HRA, MiSS and VB-LoRA have low ranks, those of OFT, IA³ and
+    RandLoRA full ranks. Biases, norms and modules that the adapter stores in full are also stored in full in
+    the result.
 
     Args:
         model: The base model. It is not changed.
         path: The folder, or the file (``.safetensors``).
-        rank: The rank of all sites, by default 16. A site whose change has no more gets a smaller one.
+        rank: The rank of all sites, by default 16. A site whose change has a smaller rank gets that rank.
         energy: Instead of ``rank``: each site gets the smallest rank that keeps this share of ``‖ΔW‖²``. 1 is
             exact.
         budget: Instead of ``rank``: a number of parameters, or a size such as "20MB", for the whole adapter.
-        component: The model's part of a pipeline ("unet", "text_encoder", …), if several parts of a file fit.
+        component: The part of a pipeline that the model is ("unet", "text_encoder", …). Needed if several
+            parts of the file fit the model.
         inputs: As for :func:`lora_fx.extract_adapter`.
         forward: As for :func:`lora_fx.extract_adapter`.
         adapter_name: The name of the adapter.
@@ -138,12 +140,12 @@ def convert_adapter(
 def convert(
     model: ModelT, adapter: ForeignAdapter, before: Weights, choice: RankChoice, **options: Any
 ) -> tuple[ModelT, ExtractionReport]:
-    """Return a model with LoRA that makes the changes of an adapter, and the report of the errors.
+    """Return a model whose LoRA approximates the changes of an adapter, and the report of the errors.
 
     Args:
         model: The base; it may be on the meta device.
         adapter: The adapter.
-        before: The values of the base.
+        before: The weights of the base.
         choice: The rule for the ranks.
         options: Other arguments of :func:`lora_fx.extraction.extract`.
 
@@ -169,7 +171,7 @@ def convert(
 class _Values:
     """The values of a base before and after an adapter, in fp64 where the adapter changes them.
 
-    The difference of such values has no rounding errors of the weights, which would give it full rank.
+    In the dtype of the weights, rounding errors would give the difference full rank.
     """
 
     def __init__(
@@ -182,7 +184,7 @@ class _Values:
         self._last: tuple[str, Tensor | None] = ("", None)
 
     def before(self, name: str) -> Tensor | None:
-        """Return the value of a parameter before the change, which is that of the base."""
+        """Return the value of a parameter in the base."""
         if self._last[0] != name:
             value = self._base(name)
             if name in self._changes and value is not None:
@@ -204,11 +206,11 @@ class _Values:
 def _by_name(
     model: nn.Module, adapter: ForeignAdapter
 ) -> tuple[dict[str, ParameterChange], dict[str, Tensor]]:
-    """Return the changes and the stored values by all names of a model's parameters.
+    """Return the changes and the values stored in full, each under every name of its parameter.
 
     Raises:
-        ConfigError: If a parameter has several names, of which the adapter changes only some, or to which it
-            gives different values. PEFT adapts a module with several names by the first one alone.
+        ConfigError: If a parameter has several names and the adapter changes only some of them, or gives them
+            different values. PEFT adapts a module with several names only under the first one.
         CheckpointError: If the adapter stores a parameter and changes it.
     """
     names = names_of(base_parameters(model))
@@ -230,7 +232,7 @@ def _by_name(
 def _whole_by_name(
     model: nn.Module, adapter: ForeignAdapter, names: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
-    """Return the stored values by all names of a model's parameters.
+    """Return the values that an adapter stores in full, each under every name of its parameter.
 
     Args:
         model: The base.
@@ -238,7 +240,7 @@ def _whole_by_name(
         names: All names of each parameter, by each of its names.
 
     Raises:
-        ConfigError: If a parameter has several names, which do not all get the same value.
+        ConfigError: If a parameter has several names that do not all get the same value.
     """
     whole: dict[str, Tensor] = {}
     stored: dict[tuple[str, ...], list[Tensor]] = {}

@@ -1,7 +1,7 @@
-"""Weights in safetensors whose names or parts are not the model's, converted as transformers does on loading.
+"""Weights in safetensors that are renamed, split or joined on loading, as transformers does.
 
-For example, a checkpoint of a mixture has a tensor for each matrix of each expert, and the model has one
-parameter for all of them.
+For example, a checkpoint of a mixture of experts has a tensor for each matrix of each expert, and the model
+has one parameter for all of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def is_converted(model: nn.Module) -> bool:
 
 
 class ConvertedFiles(WeightFiles):
-    """The parameters of a model of transformers in files. Each is read and converted when it is asked for."""
+    """The parameters of a transformers model in files. Each is read and converted on request."""
 
     def __init__(self, path: Path, model: Any) -> None:
         """Read the headers of the files.
@@ -71,18 +71,18 @@ class ConvertedFiles(WeightFiles):
         return self._sources.keys()
 
     def stored_name(self, name: str) -> str | None:
-        """Return the name in the files of a parameter; None if it is made of other tensors, or missing."""
+        """Return the name of a parameter in the files; None if it is missing or made of other tensors."""
         sources = self._sources.get(name, ())
         if len(sources) != 1 or self._patterns[sources[0]] is not None:
             return None
         return sources[0]
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """Return the names in the files of the tensors that a parameter is made of; none if it is missing."""
+        """Return the names of the stored tensors that a parameter is made of; empty if it is missing."""
         return tuple(self._sources.get(name, ()))
 
     def parted(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return a parameter as the tensors of :meth:`parts`, as transformers does on saving.
+        """Split a parameter into the tensors of :meth:`parts`, as transformers does on saving.
 
         Args:
             name: Its FQN.
@@ -92,7 +92,7 @@ class ConvertedFiles(WeightFiles):
             The tensors by their names in the files. They may be views.
 
         Raises:
-            CheckpointError: If transformers makes other tensors of it than the files have.
+            CheckpointError: If the names or shapes of these tensors differ from those in the files.
         """
         from transformers.core_model_loading import revert_weight_conversion
 
@@ -141,7 +141,7 @@ def converted(
     loads: Mapping[str, tuple[str | None, Callable[[], torch.Tensor]]],
     model: Any,
 ) -> torch.Tensor:
-    """Return a parameter that a conversion of transformers makes of tensors.
+    """Return the parameter that a conversion of transformers computes from stored tensors.
 
     Args:
         converter: The conversion; it is not changed.
@@ -155,7 +155,7 @@ def converted(
 def _convert(
     converter: Any, key: str, loads: Mapping[str, tuple[str | None, Any]], model: Any
 ) -> dict[str, torch.Tensor]:
-    """Return all tensors that a conversion makes; see :func:`converted`. Loads may be tensors."""
+    """Return all results of a conversion; see :func:`converted`. ``loads`` may also hold tensors."""
     own = copy.deepcopy(converter)
     for name, (pattern, load) in loads.items():
         own.add_tensor(key, name, pattern, load)
@@ -176,12 +176,12 @@ def _conversions(model: Any) -> tuple[Any, list[Any]]:
 class FormerNames:
     """The names of a model's parameters in checkpoints, which transformers converts on loading.
 
-    Names and modules of earlier versions of transformers are among them. A parameter that is made of several
-    tensors has all of their names.
+    Names and modules of earlier versions of transformers are among them. A parameter that is joined from
+    several tensors has the names of all of them.
 
     Attributes:
-        groups: For each name of a tensor, the parameters that it is made into, and the names of all tensors
-            that are made into the same ones.
+        groups: For each stored tensor that is converted, by name, the group that it belongs to: the
+            parameters that are made of it, and all tensors that these are made of.
     """
 
     def __init__(self, model: Any) -> None:
@@ -212,7 +212,7 @@ class FormerNames:
         self._known: dict[str, object] = {**self._state, **self.groups}
 
     def renamed(self, name: str) -> str:
-        """Return the name that a tensor of a checkpoint has in the model, or before it is put together."""
+        """Return the name of a checkpoint's tensor in the model or, if it is converted, in ``groups``."""
         from transformers.core_model_loading import rename_source_key
 
         target, _ = rename_source_key(
@@ -244,7 +244,7 @@ class ConvertedGroup:
         return tuple(self._patterns)
 
     def key(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[object, ...]:
-        """Return a value that is equal for groups of equal layers: they are converted alike."""
+        """Return a key that is equal for groups that are converted in the same way, as in equal layers."""
         return id(self._converter), tuple(tuple(shapes[name]) for name in self._patterns)
 
     def parts(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

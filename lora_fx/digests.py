@@ -28,7 +28,7 @@ def add_values(digest: Digest, values: Tensor) -> None:
         values: Tensor of any shape, dtype and device.
 
     Raises:
-        NotImplementedError: The tensor has no values, as on the meta device.
+        NotImplementedError: If the tensor has no values, as on the meta device.
     """
     copied = values.detach().to("cpu", copy=True).contiguous()
     digest.update(copied.flatten().view(torch.uint8).numpy().tobytes())

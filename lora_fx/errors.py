@@ -85,7 +85,8 @@ class NoMatchError(LoraFxError, ValueError):
     """The configuration, or a target that it names, selects nothing that can be adapted.
 
     Attributes:
-        refused: The targets that name what cannot be adapted; empty if nothing at all is selected.
+        refused: The targets that name only operations that cannot be adapted; empty if the configuration as a
+            whole selects nothing.
     """
 
     def __init__(self, message: str, refused: tuple[str, ...] = ()) -> None:
@@ -102,12 +103,12 @@ class CheckpointError(LoraFxError, ValueError):
 
 
 class DeliveryError(LoraFxError, RuntimeError):
-    """An adapter did not reach a server or session, or it cannot be seen that it did.
+    """An adapter did not reach a server or session, or it cannot be verified that it did.
 
     Attributes:
         reason: "no answer" or "refused" (the message has the server's text); "updates off" (vLLM without
             ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``). "not applied" (the message names the version that answers
-            instead), or "inconclusive" (the probe does not tell). "not finite" (the adapter here is broken).
+            instead), or "inconclusive" (the probe cannot tell). "not finite" (the adapter here is broken).
         delivery: The receipt, a :class:`lora_fx.Delivery`, if there is one.
     """
 

@@ -148,7 +148,10 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
 
 def current(path: Path) -> Path:
-    """Return the path of a file, even if a process was killed while it moved a new version there."""
+    """Return the path of the newest complete version of a file.
+
+    If a process was killed while it moved a new version to ``path``, that version is still in another folder.
+    """
     newest = path
     with contextlib.suppress(OSError):  # another process is moving it
         for placing in path.parent.glob(f"{_PLACING}*"):
@@ -257,7 +260,7 @@ class StoredHead(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """The size of a number, in bits. The names of all dtypes have it: ``F8_E4M3``; but for ``BOOL``."""
+        """The size of an element in bits. All names of dtypes contain it, as ``F8_E4M3``, except ``BOOL``."""
         digits = re.search(r"\d+", self.dtype)
         return 8 if digits is None else int(digits[0])
 
@@ -270,8 +273,8 @@ class StoredHead(NamedTuple):
 class WeightFiles:
     """The tensors in the files of a folder, without loading them.
 
-    Each tensor opens its file and closes it again. While a file is open, all pages that were ever read count
-    as memory of this process.
+    Each read opens the file and closes it again, because all pages that were read from an open file count as
+    memory of this process.
 
     Attributes:
         path: The folder, or the file.
@@ -416,12 +419,12 @@ class WeightFiles:
         return result
 
     def stored_name(self, name: str) -> str | None:
-        """Return the name in the files of a parameter; None if the files do not have it as one tensor."""
+        """Return the name of a parameter in the files; None if the files do not have it as one tensor."""
         return name if name in self._files else None
 
 
 def _persistent(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters by each of their names, and the persistent buffers."""
+    """Yield the parameters, each under every name, and the persistent buffers."""
     from lora_fx import torch_private  # loads torch
 
     yield from model.named_parameters(remove_duplicate=False)

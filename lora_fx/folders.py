@@ -1,4 +1,4 @@
-"""Adapter folders made of other adapter folders, without a model: resized and combined.
+"""Resizing and combining of adapter folders, without a model.
 
 Both work on the factors of each layer as PEFT stores them. The products ``B A`` are never built: with
 ``B = Q R`` and ``Aᵀ = P S``, the singular values of ``B A`` are those of ``R Sᵀ``.
@@ -179,7 +179,8 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
 
     Raises:
         CheckpointError: If it is damaged, or no LoRA adapter.
-        ConfigError: If its rank cannot be told from its tensors, or its start changes the base.
+        ConfigError: If its tensors do not tell the rank, if it trains other tensors whose meaning depends on
+            the rank, or if its initialization changes the base.
     """
     path = Path(folder)
     check_peft_type(path)
@@ -192,7 +193,8 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
     _check_base(path, config)
     read, metadata = read_tensors(path)
     tensors = without_prefix(read)
-    # Ranks of the parts of a weight are lost, so that loading adapts the whole weight.
+    # Leave out the note about parts of a weight, because their ranks change. Loading then adapts the whole
+    # weight.
     notes = {key: text for key, text in metadata.items() if key not in ("format", PARTS_NOTE)}
     factors: dict[str, dict[str, str]] = {}
     kept = {}
@@ -218,11 +220,11 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
 
 
 def _check_base(path: Path, config: LoraConfig) -> None:
-    """Raise if loading a folder changes the base, by as much as the ranks of the folder say.
+    """Raise if loading a folder changes the base, because that change depends on the ranks in the folder.
 
     Raises:
         CheckpointError: If that change needs data.
-        ConfigError: If it does not.
+        ConfigError: If the change needs no data.
     """
     setting = base_change(config)
     if not setting:
@@ -349,7 +351,7 @@ def _by_target(pairs: Mapping[str, _Pair]) -> dict[str, dict[str, _Pair]]:
 def _closest(pair: _Pair) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Return factors in the order of the singular values of ``s·BA``, and the squares of these values.
 
-    Factors share each value evenly. Squares are summed over the matrices.
+    Each factor is scaled by the roots of the singular values. The squares are summed over the matrices.
     """
     a, b = pair.matrices()
     q, r = torch.linalg.qr(b)
@@ -451,7 +453,7 @@ def _term(pair: _Pair, weight: float) -> Term:
 
 
 def _check_sum(sources: Sequence[_Folder]) -> None:
-    """Raise if adapters have no sum."""
+    """Raise if the adapters cannot be added, or are for different models."""
     for source in sources:
         config = source.config
         if not is_plain(config) or config.trainable_token_indices:
@@ -480,7 +482,7 @@ def _check_sum(sources: Sequence[_Folder]) -> None:
 
 
 def _in_full(sources: Iterable[_Folder]) -> dict[str, Tensor]:
-    """Return the tensors that adapters store in full, each of which only one adapter may have."""
+    """Return the tensors that adapters store in full. Raise if two adapters have different values for one."""
     tensors: dict[str, Tensor] = {}
     for source in sources:
         for key, value in source.kept.items():
@@ -494,7 +496,7 @@ def _in_full(sources: Iterable[_Folder]) -> dict[str, Tensor]:
 
 
 def _warn_of_copies(sources: Sequence[_Folder], weights: Sequence[float]) -> None:
-    """Log a warning of modules that are trained in full by an adapter whose weight is not 1."""
+    """Log a warning about modules that are stored in full by an adapter whose weight is not 1."""
     for source, weight in zip(sources, weights, strict=True):
         saved = [key for key in source.kept if saved_by(key.rpartition(".")[0], source.config)]
         if saved and weight != 1:
@@ -508,7 +510,7 @@ def _warn_of_copies(sources: Sequence[_Folder], weights: Sequence[float]) -> Non
 
 
 def _notes(sources: Sequence[_Folder]) -> dict[str, str]:
-    """Return the metadata of a combination: those of the first adapter that has them."""
+    """Return the metadata of a combination: each entry from the first adapter that has it."""
     notes: dict[str, str] = {}
     for source in sources:
         notes = {**source.notes, **notes}

@@ -1,4 +1,4 @@
-"""Python's collector of garbage, which finds nothing while modules load or a model is rewritten."""
+"""A context that pauses Python's garbage collector while modules load or a model is rewritten."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ __all__ = ["collector_paused"]
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause the collector within the context.
+    """Pause the garbage collector within the context.
 
-    Modules, classes and graphs stay. But as they are many new objects, the collector would look through all
-    objects of the process. With PyTorch and transformers loaded, that takes 0.2 s.
+    Loading and rewriting create many objects that stay alive: modules, classes, graphs. Their number triggers
+    the collector, which searches all objects of the process and frees nothing. With PyTorch and transformers
+    loaded, that takes 0.2 s.
     """
     if not gc.isenabled():
         yield

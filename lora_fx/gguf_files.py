@@ -43,10 +43,10 @@ def weight_files(path: Path, model: nn.Module) -> WeightFiles:
 
 
 def check_gguf(path: Path) -> None:
-    """Raise unless a path is that of a GGUF file, and gguf is installed. Only the first bytes are read.
+    """Raise unless a path is a GGUF file and the package gguf is installed. Only the first bytes are read.
 
     Raises:
-        CheckpointError: If that is not so.
+        CheckpointError: If the file cannot be read or is not GGUF, or the package is missing.
     """
     try:
         with path.open("rb") as file:
@@ -64,7 +64,8 @@ def open_gguf(path: Path) -> Any:
     """Return gguf's reader of a file, which has its metadata and a memory map of its tensors.
 
     Raises:
-        CheckpointError: If gguf is not installed, or the file is no GGUF file, damaged, or a part of a model.
+        CheckpointError: If gguf is not installed, or the file is damaged, not GGUF, or only a part of a
+            model.
     """
     check_gguf(path)
     gguf = load_optional("gguf", str(path), "lora-fx[quant]", error=CheckpointError)
@@ -94,7 +95,7 @@ def check_rope(path: Path, reader: Any, config: Any) -> None:
         config: The configuration of the model.
 
     Raises:
-        CheckpointError: If that is so.
+        CheckpointError: If only the file scales them.
     """
     ropes = getattr(config, "rope_parameters", None) or {}
     nested = [rope for rope in ropes.values() if isinstance(rope, Mapping)] or [ropes]
@@ -164,7 +165,7 @@ class GgufFile(WeightFiles):
 
     @property
     def names(self) -> Iterable[str]:
-        """Return names in the model. A tensor that the model lacks has its name in the file."""
+        """The names of the tensors in the model. A tensor that the model lacks keeps its name in the file."""
         return self._sources.keys()
 
     def _objection(self, key: str, wanted: torch.Tensor) -> str | None:
@@ -182,7 +183,7 @@ class GgufFile(WeightFiles):
 
 
 _Converter = tuple[Mapping[str, str], Callable[[str, Sequence[str]], "torch.Tensor"]]
-"""Names in a model by names in a file, and a function that converts the tensors of one parameter."""
+"""A mapping from names in the file to names in the model, and a function that reads one parameter."""
 
 
 def _by_processor(path: Path, reader: Any, architecture: str, model: nn.Module) -> _Converter:
@@ -194,7 +195,7 @@ def _by_processor(path: Path, reader: Any, architecture: str, model: nn.Module) 
 
     settings = legacy.load_gguf_checkpoint(path)["config"]
     processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)(config=settings)
-    # The name of the file's architecture is gguf's. A Mistral, for example, is a "llama" there.
+    # Pass gguf's name of the architecture, not transformers': a Mistral, for example, is a "llama".
     names = legacy.get_gguf_hf_weights_map(model, processor, architecture)
     # A memory map would count as memory of this process, so each read opens the file.
     stored = {
@@ -218,11 +219,11 @@ def _by_processor(path: Path, reader: Any, architecture: str, model: nn.Module) 
                 tensor_key_mapping=names,
                 parsed_parameters=parsed,
             )
-        if result.name is None:  # experts, whose parts are joined in there
+        if result.name is None:  # experts: the processor joins their parts in ``parsed``
             return parsed["tensors"][key]
         return torch.from_numpy(np.ascontiguousarray(result.weights))
 
-    # Names of experts have no ending in the model.
+    # ``names`` lists the experts without ".weight", because their names in the model have no such ending.
     keys = {name: name if name in names else name.removesuffix(".weight") for name in stored}
     return {name: names.get(key, name) for name, key in keys.items()}, convert
 

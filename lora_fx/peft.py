@@ -75,7 +75,7 @@ _MODELS: Final = ("PeftModel", *(f"PeftModelFor{task}" for task in _TASKS))
 _LIBRARIES: Final = ("transformers", "diffusers")
 """Libraries whose classes a folder may name. Otherwise a folder could import any code."""
 
-# The class of transformers that loads the base of each class.
+# For each loader here, the class of transformers that loads the base. None: the folder names the class.
 _AUTO: Final[dict[str, str | None]] = {
     "AutoPeftModel": None,
     "AutoPeftModelForCausalLM": "AutoModelForCausalLM",
@@ -163,7 +163,7 @@ def create_arrow_model(
     """Load adapters onto a model, and route each token to some of them (Arrow).
 
     The adapters are called ``task_0``, ``task_1`` and so on, the general ones ``gks_0`` and so on, and the
-    router ``arrow_router``, as in PEFT. Unlike in PEFT, ``use_gks`` leaves the adapters as they are.
+    router ``arrow_router``, as in PEFT. Unlike in PEFT, ``use_gks`` does not change the loaded adapters.
 
     Args:
         base_model: The model, which is not changed.
@@ -225,7 +225,7 @@ def initialize_lora_eva_weights(
 
 
 def get_layer_status(model: Any) -> list[Any]:
-    """Return a ``peft.peft_model.TunerLayerStatus`` for each layer with adapters, in their order.
+    """Return a ``peft.peft_model.TunerLayerStatus`` for each layer with adapters, in the order of the layers.
 
     ``module_type`` has the class of the layer in your model. ``quantization_backend`` is the weight format.
 
@@ -241,7 +241,7 @@ def get_layer_status(model: Any) -> list[Any]:
 
 
 def get_model_status(model: Any) -> Any:
-    """Return a ``peft.peft_model.TunerModelStatus``: what :func:`get_layer_status` says of the whole model.
+    """Return a ``peft.peft_model.TunerModelStatus``: a summary of :func:`get_layer_status` for the model.
 
     Args:
         model: A rewritten model, or a ``PeftModel`` of this module.
@@ -352,7 +352,7 @@ class _AutoPeftModel:
 
     @classmethod
     def _load_class(cls, folder: Path, config: _config.LoraConfig) -> Any:
-        """Return the class of the base: that of the task, or the one named in the folder."""
+        """Return the class that loads the base: the class of the task, or the class that the folder names."""
         name, library = cls._loader, "transformers"
         if name is None:
             named = config.auto_mapping or {}

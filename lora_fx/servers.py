@@ -49,15 +49,15 @@ class UpdatesOffError(ServerError):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A handler that follows no redirect, so that no other address is asked."""
+    """A handler that follows no redirect, so that no other address gets the request."""
 
     def redirect_request(self, *_: Any) -> None:
-        """Refuse a redirect. Its status is then an error."""
+        """Refuse a redirect. urllib then raises an error with its status."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """A server.
+    """The address of a server, and the requests to it.
 
     Attributes:
         address: The address of its API, such as ``http://127.0.0.1:8000/v1``.
@@ -92,7 +92,7 @@ class Server:
                 "load_lora_adapter", {**body, **({"load_inplace": True} if replace else {})}
             )
         except ServerError as error:
-            # Servers before load_inplace ignore the word, and refuse a name that they have.
+            # Older servers ignore load_inplace, and refuse a name that is already loaded.
             if error.status != 400 or not replace or "already been loaded" not in error.text:
                 raise
             self.unload_adapter(name)
@@ -107,7 +107,8 @@ class Server:
     ) -> list[dict[int, float]]:
         """Return the log-probabilities of the likeliest next tokens after each prompt, by token id.
 
-        The server may use its prefix cache. So an answer from the cache of another adapter shows up, too.
+        The server may use its prefix cache. So a wrong answer from the cache of another adapter is noticed,
+        too.
 
         Args:
             name: A model of the server.
@@ -149,7 +150,7 @@ class Server:
         try:
             self._ask(route, body, parse=False)
         except ServerError as error:
-            # The server has a route for every request but this one.
+            # FastAPI answers so if the route does not exist. A refusal by vLLM has another text.
             if error.status in (404, 405) and _detail(error.text) in (
                 "Not Found",
                 "Method Not Allowed",
@@ -188,7 +189,7 @@ class Server:
 
 
 def _detail(text: str) -> Any:
-    """Return the reason of FastAPI, which answers for routes that do not exist."""
+    """Return the ``detail`` of an answer from FastAPI, or None."""
     try:
         values = json.loads(text)
     except ValueError:

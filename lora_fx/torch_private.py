@@ -185,7 +185,7 @@ def in_jit_trace() -> bool:
 
 
 def in_autocast() -> bool:
-    """Return True where autocast is on for any kind of device."""
+    """Return True while autocast is on for any kind of device."""
     return bool(torch._C._is_any_autocast_enabled())
 
 
@@ -337,7 +337,7 @@ SET_GRAD_ENABLED: Final = torch._C._set_grad_enabled
 
 
 def constant_when_compiled(function: _T) -> _T:
-    """Mark a function of constants, which Dynamo runs once and does not trace.
+    """Mark a function so that Dynamo does not trace it, but runs it once and uses its result as a constant.
 
     ``torch.compiler.assume_constant_result`` does the same, and loads Dynamo at once.
     """
@@ -424,12 +424,12 @@ def as_parameter(tensor: Tensor) -> Tensor:
 
 
 def is_assertion(target: Any) -> bool:
-    """Return True for an operator of an export that checks a value or its form."""
+    """Return True for an operator in an exported graph that asserts a value or the metadata of a tensor."""
     return "_assert" in str(target)
 
 
 def without_torch_function() -> Any:
-    """Return a context in which subclasses of tensors see only operators, below autograd."""
+    """Return a context in which tensor subclasses only intercept operators, below autograd."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
@@ -561,10 +561,11 @@ _BUILT_IN = re.compile(r"\btorch\._C\._nn\.(\w+)(?=\()")
 
 
 def by_public_names(source: str) -> str:
-    """Replace built-in functions in generated code by their names in ``torch.nn.functional``.
+    """Replace the names of built-in functions in generated code by those in ``torch.nn.functional``.
 
     If a library has replaced a function there, the replacement is then called, as in the traced code. The
-    result is the same while a function is replaced. A context may replace it, and end before the next call.
+    names do not depend on whether a function is replaced at this moment, because a context may replace it and
+    end before the code runs.
     """
 
     def public(match: re.Match[str]) -> str:
@@ -576,7 +577,8 @@ def by_public_names(source: str) -> str:
 def _is_public(name: str) -> bool:
     """Return True if ``torch.nn.functional`` exports a built-in function, now or before its replacement.
 
-    A Python function of that name in ``torch.nn.functional`` itself calls the built-in one.
+    A name that ``torch.nn.functional`` defines in Python does not count, because that function calls the
+    built-in one itself.
     """
     function = vars(F).get(name)
     return function is not None and getattr(function, "__module__", None) != F.__name__
@@ -584,7 +586,7 @@ def _is_public(name: str) -> bool:
 
 @contextlib.contextmanager
 def built_in_functions() -> Iterator[None]:
-    """Restore the built-in functions that libraries have replaced in ``torch.nn.functional``, for a while."""
+    """Undo, within the context, the replacements that libraries made in ``torch.nn.functional``."""
     known, public = vars(torch._C._nn), vars(F)
     replaced = {
         name: public[name]
@@ -630,8 +632,8 @@ NO_MODULE: Final = "_empty_nn_module_stack_from_metadata_hook"
 """Text that ``torch.onnx`` writes for a node that comes from no module."""
 
 CHATTY_LOGGERS: Final = (
-    "torch.fx.experimental.symbolic_shapes",  # no advice on a branch on values
-    "torch.onnx._internal.exporter._registration",  # torchvision is not installed, at each export
+    "torch.fx.experimental.symbolic_shapes",  # advice on branches that depend on values
+    "torch.onnx._internal.exporter._registration",  # "torchvision is not installed", at each export
 )
 """Loggers with messages during an export that a user cannot act on."""
 
@@ -696,7 +698,7 @@ def fake_store() -> Any:
 
 
 def forget_sharding() -> None:
-    """Clear DTensor's caches of meshes, because the meshes of the next process group would be equal."""
+    """Clear DTensor's caches, because a mesh of the next process group compares equal to an old one."""
     from torch.distributed.tensor import _redistribute, debug
 
     debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]

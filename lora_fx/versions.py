@@ -50,13 +50,14 @@ def warn_untested(names: Iterable[str] | None = None) -> None:
 
 
 def untested(name: str) -> str:
-    """Return the tested range of a library and the installed version outside of it, with a remedy.
+    """Return the text of a warning if the installed version of a library is outside of the tested range.
 
     Args:
         name: A module of :data:`NEWEST`.
 
     Returns:
-        An empty string if the version was tested, or none is installed.
+        The tested range, the installed version and a remedy; empty if the version was tested or none is
+        installed.
     """
     package, version = installed(name)
     first, last = oldest().get(package, oldest().get(name, "")), NEWEST[name]
@@ -96,7 +97,7 @@ def oldest() -> Mapping[str, str]:
     """Return the lower bounds of ``pyproject.toml``, by the name of the package."""
     try:
         lines = importlib.metadata.requires("lora-fx") or ()
-    except importlib.metadata.PackageNotFoundError:  # run from a folder
+    except importlib.metadata.PackageNotFoundError:  # run from source, without being installed
         lines = ()
     bounds = (re.match(r"([\w-]+)(?:\[.*?\])?>=([\d.]+)", line) for line in lines)
     return {bound[1]: bound[2] for bound in bounds if bound is not None}

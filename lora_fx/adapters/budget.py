@@ -2,13 +2,13 @@
 
 A step along the gradient G of a weight, restricted to rank r, decreases the loss in first order by the sum of
 the r largest squared singular values of G: no other update of rank r and of this norm decreases it more
-(Eckart and Young; LoRA-GA, arXiv:2407.05000, starts from the same directions). So the squared singular value
-number r is the gain of the r-th rank, and (in + out) elements are its cost. Within a site gains only
-decrease. The next rank goes to the site with the most gain for its cost, until nothing fits. GoRA
+(Eckart and Young; LoRA-GA, arXiv:2407.05000, starts from the same directions). So the r-th largest squared
+singular value is the gain of the r-th rank, and (in + out) elements are its cost. Within a site, each further
+rank gains less. The next rank goes to the site with the most gain for its cost, until nothing fits. GoRA
 (arXiv:2502.12171) also distributes ranks by gradients, with another measure.
 
-Every site keeps its smallest rank, because LoRA is to be on all layers that the user has named. The scale of
-each site is that of the configuration.
+Every site has at least its smallest rank, because LoRA has to adapt all layers that the user has named. The
+scale of each site is that of the configuration.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Allotment:
 
     Attributes:
         config: The configuration with these ranks, and with alphas that keep each site's scale.
-        gains: The share of all squared gradients that the rank of a site adds, by its name.
+        gains: For each site, the share of all squared gradients that its rank keeps, by name.
         spent: The use of the budget.
     """
 
@@ -109,7 +109,7 @@ def allot_ranks(
 ) -> Allotment:
     """Choose the rank of each site of a plan within a budget.
 
-    The gradients of all adapted weights are held at once, in fp32 in the memory of the host.
+    The gradients of all adapted weights are in host memory at the same time, in fp32.
 
     Args:
         plan: The plan. Its ranks only matter for the scales.
@@ -123,9 +123,9 @@ def allot_ranks(
         progress: As for :func:`lora_fx.initialize`.
 
     Raises:
-        ConfigError: If the budget is none, or too small for the smallest rank everywhere. If there are no
-            batches, or their gradients cannot be computed or are all 0. If the kind or the start of the
-            adapter has no rank to choose.
+        ConfigError: If the budget is not valid, or too small for the smallest rank at every site. If there
+            are no batches, or their gradients cannot be computed or are all 0. If the kind or the start of
+            the adapter has no rank to choose.
     """
     limit, unit = budget_of(budget)
     _check(plan, model, batches)
@@ -149,7 +149,7 @@ def allot_ranks(
         lora_ga_config=None,
     )
     options = RewriteOptions(loaded=True, quiet=True)
-    # A copy over the same weights.
+    # This copy shares the weights.
     twin = rewrite_model(model, config, example_inputs, options=options, frontend=frontend)
     rows = tuple(row for row in adapter_record(twin, "default").sites if not row.tied)
     with running_base(twin, batches, forward, progress, seed=config.seed or 0) as data:
@@ -202,7 +202,8 @@ class _Site:
         most: Its largest rank.
         start, each: Cost of the smallest rank, and of each further step.
         rank: Its rank.
-        gains: Gain of all ranks up to each (in a grouped convolution: of all groups), from rank 0 on.
+        gains: Cumulative gains: entry k is the gain of the first k ranks. In a grouped convolution, k is the
+            rank of each group, and the gain is that of all groups.
     """
 
     row: PlannedSite
@@ -254,7 +255,7 @@ def _bytes_each(model: nn.Module, site: Site) -> int:
 
 
 def _other(plan: Plan, model: nn.Module, unit: Unit) -> int:
-    """Return the cost of all that is trained besides the sites."""
+    """Return the cost of everything that the adapter trains besides the sites."""
     if unit == "parameters":
         return plan.extra_parameters + sum(row.parameters for row in plan.tokens)
     own = base_parameters(model)
@@ -267,13 +268,13 @@ def _other(plan: Plan, model: nn.Module, unit: Unit) -> int:
 
 
 def _gains(site: Site, gradient: torch.Tensor) -> list[float]:
-    """Return the gain of all ranks up to each, from 0 on: sums of squared singular values."""
+    """Return the gains of the first 0, 1, 2, … ranks: sums of the largest squared singular values."""
     squares = spectrum(as_matrices(site, part_of(site, gradient)))
     return [0.0, *squares.cumsum(0).tolist()]
 
 
 def _distribute(sites: Sequence[_Site], room: int) -> None:
-    """Give the sites ranks whose cost is within the room."""
+    """Raise the ranks of the sites as far as the cost of all sites is at most ``room``."""
     room -= sum(site.cost_of(site.rank) for site in sites)
     steps = allocate(
         {site.row.name: site.further_gains for site in sites},
@@ -303,7 +304,7 @@ def _result(
 
 
 def _target(site: _Site, config: LoraConfig) -> Target:
-    """Return the rank of a site by the name that the configuration looks up, with its scale kept."""
+    """Return the configuration's entry for a site: the name, the rank, and an alpha that keeps the scale."""
     row = site.row
     named = parameter_entry(row.site.weight, config) is not None
     growth = site.rank / row.rank
@@ -312,7 +313,10 @@ def _target(site: _Site, config: LoraConfig) -> Target:
 
 
 def _equal_rank(sites: Sequence[_Site], room: int) -> int:
-    """Return the largest rank that every site could have, or its largest one; 0 if there is none."""
+    """Return the largest rank that all sites could have within the budget; 0 if there is none.
+
+    A site whose largest possible rank is smaller counts with that rank.
+    """
 
     def cost(rank: int) -> int:
         return sum(site.cost_of(min(rank, site.most)) for site in sites)

@@ -30,7 +30,7 @@ def input_moments(
 ) -> dict[str, torch.Tensor]:
     """Return the mean of ``XᵀX`` for each site that is a product with a matrix, [in, in], by its name.
 
-    The inputs are those of the base, in evaluation, without tokens that an ``attention_mask`` leaves out.
+    The inputs are those of the base model in eval mode, without tokens that an ``attention_mask`` leaves out.
 
     Args:
         model: A rewritten model; it is not changed.

@@ -90,7 +90,7 @@ Report = Callable[[int | None, str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The data that a start is computed from.
+    """The data from which starting values are computed.
 
     Attributes:
         batches: Batches of inputs. A tensor is the model's only argument, a tuple or list holds all
@@ -232,7 +232,7 @@ def moments(
     def product(x: torch.Tensor) -> torch.Tensor:
         x = x if half else x.float()
         if scaled:
-            # Here it is the largest magnitude if no value is above zero.
+            # If the largest value is zero, take the largest magnitude instead.
             largest = x.max().abs()
             x = x / torch.where(largest > 0, largest, x.abs().max().clamp_min(1e-30))
         elif counted is not None and len(counted) == len(x):
@@ -245,7 +245,8 @@ def moments(
         if not scaled and counted is not None and not counted.any():
             return
         version = 0 if x.is_inference() else version_counter(x)
-        # Queries, keys and values have the same input. The reference keeps its memory from being used again.
+        # Queries, keys and values have the same input, so compute its product once. ``last`` holds the input,
+        # so that no other tensor gets its memory.
         if last is None or last[1] != version or not x.is_set_to(last[0]):
             last = x, version, product(x)
         if not torch.isfinite(last[2].diagonal()).all():
@@ -364,12 +365,12 @@ def restart(
     rows: Iterable[PlannedSite],
     make: Callable[[PlannedSite, torch.Tensor], Start] | None = None,
 ) -> None:
-    """Compute starts from the original base and put them into the model: all of them or none.
+    """Compute starting values from the original base and place them in the model: all of them or none.
 
     Args:
         model: A rewritten model, changed in place; its graphs stay.
         adapter_name: An adapter of the model, active or not.
-        entry: The adapter's new record, without the weights that the starts change.
+        entry: The adapter's new record, without the base weights that the new start changes.
         rows: The sites that start again.
         make: A function that returns the start of a site from its weight. By default the entry's
             configuration decides.
@@ -401,11 +402,11 @@ def initialize(
     forward: Forward | None = None,
     progress: Progress = True,
 ) -> ModelT:
-    """Give an adapter the start that its configuration names, if the rewrite could not.
+    """Compute the starting values that an adapter's configuration names, if the rewrite could not.
 
-    A model that was rewritten on the meta device, sharded and given memory (``to_empty``) has no start. Call
-    this without data in every process. The start equals that of a plain rewrite to the last bit, and each
-    process gets its part. Training that an adapter already had is lost.
+    If a model was rewritten on the meta device, sharded and given memory (``to_empty``), its adapters have no
+    starting values. Call this without data in every process. The values are bitwise equal to those of a plain
+    rewrite, and each process gets its part. Training that an adapter already had is lost.
 
     ``eva`` (arXiv:2410.07170) reads the inputs of the sites and distributes their ranks. ``corda``
     (arXiv:2406.05223) reads the inputs' second moments, ``lora_ga`` (arXiv:2407.05000) the gradients of the
@@ -616,7 +617,7 @@ def reporting(progress: Progress, dataloader: Iterable[Any]) -> Iterator[Report]
         total = len(dataloader)  # type: ignore[arg-type]  # one without a length raises TypeError
     except TypeError:
         total = 0
-    # EVA may go through the batches again.
+    # The count may exceed the total, because EVA may go through the batches several times.
     with show_progress(progress, "batch") as tell:
         yield _telling(tell, total)
 
@@ -638,13 +639,13 @@ _log = logging.getLogger("lora_fx")
 
 
 class Components:
-    """The leading components of all vectors that were added.
+    """The leading principal components of all vectors added so far, updated batch by batch.
 
     Attributes:
         directions: The components [n, in], of length 1, in order; None before the first batch.
         values: Their singular values.
         shares: The share of the variance that each component explains.
-        steady: A mask of the components that the last batch hardly turned.
+        steady: A mask of the components whose directions the last batch hardly changed.
     """
 
     def __init__(self, count: int, threshold: float, generator: torch.Generator) -> None:
@@ -693,7 +694,7 @@ class Components:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """The rank of a site and its start.
+    """The rank and the starting A of a site.
 
     Attributes:
         rank: The rank; 0 for no adapter.
@@ -855,13 +856,14 @@ class _Search:
 def _ranks_by_share(
     shares: Mapping[str, torch.Tensor], same: Mapping[str, str], ranks: Mapping[str, int]
 ) -> dict[str, int]:
-    """Return the number of components that each site gets. The total is that of the ranks.
+    """Return the number of components that each site gets. Their total is the sum of the ranks.
 
     Args:
         shares: The share of the variance that each component explains, for sites that do not use the
             components of another.
         same: For every site, the site whose components it uses.
-        ranks: The ranks to distribute. Of the sites with the same components, their owner gets the most.
+        ranks: The ranks to distribute. Among sites that use the same components, the site that owns them gets
+            the largest rank.
     """
     order = [*shares, *(name for name, source in same.items() if name != source)]
     owners = [name for name in order for _ in shares[same[name]]]

@@ -344,8 +344,8 @@ def adapter_ids(
 
     Args:
         model: A rewritten model. The first dimension of its arguments is the samples, and its activations
-            have the samples there in the same order. This is checked by tracing the first call of each form
-            and range of sizes. Later calls cost nothing.
+            have the samples there in the same order. To check this, the first call with each structure of
+            arguments and each range of sizes is traced. Later calls cost nothing.
         ids: The name of an adapter for each sample; None, or PEFT's ``"__base__"``, for the base model.
         repeats: Number of times that ``generate`` of transformers repeats each sample: its ``num_beams`` or
             ``num_return_sequences``, whichever is larger. Batches with the samples repeated this often are
@@ -355,9 +355,9 @@ def adapter_ids(
         ConfigError: If there is no such adapter, or an adapter replaces a parameter of the base or has a site
             whose rows are not samples. If the graphs have to be edited while another thread or task is in a
             block of this model. When the model is called: if the batch has a different number of samples, or
-            samples are mixed. Also if the rows of a site are not known to be those of sample after sample
-            (positions, sequence first, a batch that is doubled inside). Also if a call of a new form cannot
-            be traced (by a compiler): call the model itself once before.
+            samples are mixed. Also if the rows of a site cannot be assigned to samples (positions, sequence
+            first, a batch that is doubled inside). Also if a call with a new structure of arguments cannot be
+            traced, because a compiler is running: call the model itself once before.
     """
     if isinstance(ids, str) or not ids:
         raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")
@@ -375,7 +375,7 @@ def adapter_ids(
 
 @contextmanager
 def _inside_block(model: nn.Module, block: ActiveAdapters) -> Iterator[None]:
-    """Apply a block within the context. Blocks may end in any order."""
+    """Apply the adapters of a ``with`` block within the context. Blocks may end in any order."""
     block = dataclasses.replace(block, thread=threading.get_ident())
     with without_wrappers(model) as inner:
         enter(inner, block)
@@ -514,8 +514,8 @@ class ModelStatus:
         unchecked: True if no eager call has shown yet that all reads of adapted weights go through the active
             adapters. The model has not run, or only under a compiler or an export. The next eager call, or
             :func:`lora_fx.check`, checks this.
-        computed: Weights that code has computed as a whole with their adapters, each with the line. This is
-            correct, but slower than a product.
+        computed: Weights that code reads outside of a product, each with the line of the code. The weight
+            plus the change of its adapters is then computed as a whole, which is correct but slower.
     """
 
     adapters: tuple[AdapterStatus, ...]

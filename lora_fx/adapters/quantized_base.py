@@ -157,7 +157,7 @@ def _widen(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.dtype not in _HALF:
                 continue
-            # The values of a packed tensor are computed in any dtype: only what it reports changes.
+            # A packed tensor computes its values in any dtype, so only the dtype that it reports changes.
             if quantization_of(parameter) and not isinstance(parameter, PackedTensor):
                 continue
             if id(parameter) not in wide:
@@ -252,7 +252,7 @@ def quantize(
         device: Where to store the weights; by default on the model's device, or on the CPU if they are read
             from files.
         weights: A folder with ``model.safetensors``, or its shards and their index, or one such file, or a
-            GGUF file. The model is on the meta device then. All values are read from the files, in the
+            GGUF file. The model has to be on the meta device then. All values are read from the files, in the
             dtypes of the model.
         progress: True to show a progress bar (if tqdm is installed), or a function. It is called with (done,
             total, name) before each weight, and once at the end.
@@ -339,7 +339,7 @@ def _target(
 def _usable(device: torch.device | str | int) -> torch.device:
     try:
         target = torch.device(device)
-        # An allocated tensor tells the device index.
+        # ``torch.device("cuda")`` has no index. A tensor that is allocated there has one.
         indexed_device = torch.empty(0, device=target).device
     except TypeError as error:
         raise QuantizationError(
@@ -461,7 +461,7 @@ class Originals:
 
     Args:
         original: The model or its files, as in :func:`replace_lora_weights_loftq`.
-        model: The quantized model. Its prefix is that of the names in a model that has a head.
+        model: The quantized model. Names in the files may have its ``base_model_prefix`` or lack it.
     """
 
     def __init__(self, original: nn.Module | str | os.PathLike[str], model: nn.Module) -> None:

@@ -77,9 +77,9 @@ class Layout:
         return join(self.inside(owner), *[WRAPPER] * (len(names) - 1 - names.index(name)))
 
     def place(self, site: Site) -> str:
-        """Return the name that PEFT adapts for this site: a weight, a module or an attention layer, or empty.
+        """Return the name that PEFT adapts for this site: a weight, module or attention layer; or empty.
 
-        Sites of the same name are joined into that adapter.
+        Sites with the same name share one adapter of PEFT.
         """
         if site.weight in self.weights:
             return site.weight
@@ -206,8 +206,8 @@ def _move(
 def _reachable(model: nn.Module, parameters: Mapping[str, Site], saved: Iterable[str]) -> list[str]:
     """Return the parameters that PEFT can find.
 
-    Their name matches no other parameter, and they are in no module inside a wrapped one. PEFT does not wrap
-    a module that holds one of ``modules_to_save`` either.
+    PEFT finds a parameter if its name matches no other parameter, and its module is not inside a wrapped one.
+    PEFT does not wrap a module that holds one of ``modules_to_save`` either.
     """
     owners = {site.owner for site in parameters.values()}
     ends = {f".{weight}" for weight in parameters}
@@ -248,7 +248,7 @@ class Target:
         name: FQN of a module, or of a parameter.
         rank, alpha: Its hyperparameters.
         parameter: True if it is one of ``target_parameters``.
-        within: Other names that look up their own rank and alpha first.
+        within: Names of parts of the module. PEFT looks up rank and alpha by these first.
     """
 
     name: str
@@ -305,8 +305,8 @@ def written_config(
         with_targets(record.config, targets, model),
         modules_to_save=record.saved_modules or None,
         inference_mode=True,
-        # PEFT would otherwise correct this with a warning at every module. It allows neither option if
-        # it wraps a parameter.
+        # PEFT corrects a wrong fan_in_fan_out, with a warning at every module. If it wraps a parameter, it
+        # allows neither fan_in_fan_out nor dropout.
         fan_in_fan_out=bool(linear)
         and not parameters
         and all(layout == "in_out" for layout in linear),

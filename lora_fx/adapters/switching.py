@@ -106,7 +106,7 @@ def check_together(record: Record, names: Sequence[str], per_sample: bool) -> No
 
 
 def _check_layers(record: Record, names: Sequence[str]) -> None:
-    """Raise if an adapter has its own values in a layer that has factors, which read the base's values."""
+    """Raise if an adapter replaces values of a layer that factors adapt: factors read the base's values."""
     adapted = {row.site.owner for name in names for row in record.adapters[name].sites}
     for name in names:
         adapter = record.adapters[name]
@@ -199,10 +199,10 @@ def enter(model: nn.Module, block: ActiveAdapters) -> None:
 
 
 def leave(model: nn.Module, block: ActiveAdapters) -> None:
-    """End a block, even if the earlier adapters cannot be restored.
+    """End a block. It ends even if the earlier adapters cannot be restored.
 
     Raises:
-        CaptureError: In that case. The model then keeps its current adapters.
+        CaptureError: If they cannot be restored. The model then keeps its current adapters.
     """
     record = require_record(model)
     _around.set(tuple(other for other in _around.get(()) if other is not block))
@@ -234,14 +234,14 @@ def _others(record: Record) -> list[ActiveAdapters]:
 
 
 def _check_alone(record: Record, edits: bool) -> None:
-    """Raise if other threads or tasks are in blocks, and the graphs differ from the choice or need edits.
+    """Raise if other threads or tasks are in blocks, and the graphs need edits or were edited for a block.
 
     Args:
         record: The new record of the model.
         edits: True if the graphs have to be edited.
 
     Raises:
-        ConfigError: If graphs are to be edited, or were for a block of another thread or task.
+        ConfigError: If the graphs have to be edited, or were edited for a block of another thread or task.
     """
     if not _others(record):
         return
@@ -258,7 +258,7 @@ def _check_alone(record: Record, edits: bool) -> None:
 def _wanted_of(record: Record) -> ActiveAdapters:
     """Return the adapters to run: none if a block disables adapters, else those of the innermost block.
 
-    Graphs with a branch for each adapter that samples name stay unchanged.
+    If the graphs have a branch for each adapter that a block names, the graphs stay as they are.
     """
     blocks = _own(record)
     if any(not block.ids for block in blocks):
@@ -291,7 +291,7 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     rows = tuple(row for name in names for row in record.adapters[name].sites)
     capture = base_capture(model, record)
     adapters = {name: record.adapters[name] for name in names}
-    # Trained tokens of samples are in the weight that a lookup reads, and in no graph.
+    # Per-sample token rows are added in the weight that a lookup reads, so no graph is edited for them.
     targets: tuple[PlannedSite | PlannedTokens, ...] = rows
     if not per_sample:
         targets = tuple(target for adapter in adapters.values() for target in adapter.places)
@@ -358,10 +358,10 @@ def _place_rows(model: nn.Module, adapters: Mapping[str, AdapterRecord]) -> None
 
 @contextlib.contextmanager
 def on_base(model: nn.Module) -> Iterator[Mapping[str, nn.Parameter]]:
-    """Put the base's parameters into a rewritten model within the context, then those of its adapters.
+    """Restore the base's parameters within the context. At the end, those of the adapters replace them again.
 
     Yields:
-        The base's parameters, by FQN. They are also restored after an error, if others replaced them.
+        The base's parameters, by FQN. After an error, parameters that the body replaced are restored.
     """
     _take_out(model, require_record(model))
     before = base_parameters(model)

@@ -232,7 +232,8 @@ def _kinds(model: nn.Module, record: Record) -> dict[int, str]:
         for row in adapter_record.sites:
             table = row.tied or row.site.family == "embedding"
             factors = factors_of(model, row, adapter)
-            # The magnitude of a convolution has four dimensions, of which three are 1.
+            # Name the group, because a convolution's magnitude looks like a matrix: it has 4 dimensions, 3 of
+            # size 1.
             kinds |= {id(vector): "vectors" for vector in factors.present}
             if not kind_of(row).low_rank:
                 continue
@@ -362,7 +363,7 @@ def adapter_losses(
         ids: The adapter of each sample, or None, as for :func:`lora_fx.adapter_ids`.
         shift: True if the label of a token is the next token, as in causal language models. Has no effect if
             each row has one class.
-        label_smoothing: As of ``torch.nn.functional.cross_entropy``.
+        label_smoothing: As in ``torch.nn.functional.cross_entropy``.
         counts: The number of labels over which the mean of each adapter is taken; by default the number in
             this batch. For gradient accumulation, and for several processes that each have a part of an
             adapter's rows.
@@ -385,7 +386,7 @@ def _sums(
     shift: bool,
     label_smoothing: float,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return the sum of the losses of each adapter, and the number of labels in it."""
+    """Return the sum of the losses of each adapter, and the number of labels in each sum."""
     if logits.shape[:-1] != labels.shape or labels.dim() not in (1, 2):
         raise ConfigError(
             f"labels of shape {tuple(labels.shape)} do not match logits of shape {tuple(logits.shape)}: "
@@ -527,7 +528,7 @@ class _Together:
         self._names = _trained_together(me.model)
         _check_arguments(me)
         me.data_collator = _Collator(me.data_collator, self._names, self.adapter_column)
-        # A Trainer does not divide such a loss by the number of accumulated batches.
+        # The Trainer does not divide the loss of such a function by the number of accumulated batches.
         me.compute_loss_func = self.adapter_losses
         self._counts: dict[str, float] = {}
         self._tallies = {"": _Tally(), "eval_": _Tally()}

@@ -99,7 +99,7 @@ def _average_of_majority(
 ) -> torch.Tensor:
     """Return the mean of the weighted elements that have the elected sign; 0 if no element has it.
 
-    The weights do not vote, and a tie elects the positive sign.
+    The sign is elected without the weights, and a tie elects the positive sign.
     """
     stack = torch.stack(tuple(tensors))
     votes = (stack if election == "total" else stack.sign()).sum(0)
@@ -366,7 +366,7 @@ def _from_products(
     )
     b, a = u[..., :rank] * values[..., None, :rank], vh[..., :rank, :]
     if how.svd_clamp is not None:
-        # A quantile of all elements of both with their signs, as in PEFT.
+        # As in PEFT, take the quantile over the elements of A and B together, with their signs.
         limit = torch.cat([b.flatten(), a.flatten()]).quantile(how.svd_clamp)
         a, b = a.clamp(-limit, limit), b.clamp(-limit, limit)
     return a, b
@@ -422,8 +422,8 @@ def _sources_of(
     """Return the adapters by name, if they can be combined.
 
     Raises:
-        ConfigError: If the model has no such adapter, a weight is not a finite number, or the adapters have
-            no sum.
+        ConfigError: If the model has no such adapter, a weight is not a finite number, or the adapters cannot
+            be added.
     """
     if isinstance(adapters, str):
         raise ConfigError(f"adapters: found {adapters!r}; give a list of names")
@@ -536,7 +536,7 @@ def add_weighted_adapter(
 ) -> nn.Module:
     """Combine adapters into a new one.
 
-    It stays inactive until you activate it with :func:`lora_fx.set_adapter`.
+    The new adapter stays inactive until you activate it with :func:`lora_fx.set_adapter`.
 
     It covers every site of the adapters. A site that only some adapters have is combined from those. A module
     that one of them trains in full (``modules_to_save``) is copied. A single adapter is only weighted,
@@ -547,10 +547,10 @@ def add_weighted_adapter(
         adapters: Names of adapters of the model.
         weights: A weight for each adapter; negative weights subtract.
         adapter_name: Name of the new adapter.
-        combination_type: ``cat`` is exact, at the sum of the ranks, and ``svd`` is the closest of a rank.
-            ``linear`` adds the factors, which is fast but not the sum. ``ties``, ``dare_linear``,
-            ``dare_ties`` and ``magnitude_prune`` drop elements first. With ``_svd`` appended they work on the
-            change of the weight instead of the factors.
+        combination_type: ``cat`` is exact, and its rank is the sum of the ranks. ``svd`` is the closest
+            approximation of a rank. ``linear`` adds the factors, which is fast but not the sum. ``ties``,
+            ``dare_linear``, ``dare_ties`` and ``magnitude_prune`` drop elements first. With ``_svd`` appended
+            they work on the change of the weight instead of the factors.
         svd_rank: For types with ``svd``: the rank, by default the largest rank of the adapters.
         svd_clamp: For the same types: the quantile at which elements of the new factors are clamped.
         svd_full_matrices: For the same types: passed to ``torch.linalg.svd``.

@@ -1,4 +1,4 @@
-"""Adapter folders and state dicts in PEFT's format, both ways."""
+"""Reading and writing of adapter folders and state dicts in PEFT's format."""
 
 from __future__ import annotations
 

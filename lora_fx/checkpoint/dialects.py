@@ -239,7 +239,7 @@ def _unknown_targets(adapter: Stored) -> Iterator[str]:
 
 
 def component_of(model: nn.Module, component: str | None) -> str:
-    """Return the part of a pipeline that a model is: the given one, or the one that its class tells.
+    """Return the part of a pipeline that a model is: ``component``, or by default that of the model's class.
 
     Raises:
         ConfigError: If there is no such part, or the class does not tell.
@@ -269,7 +269,7 @@ def component_of(model: nn.Module, component: str | None) -> str:
 def read_dialect(
     path: Path, model: nn.Module, component: str | None
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Read a file of diffusers or kohya, and return it in PEFT's form.
+    """Read a file of diffusers or kohya, and convert it to PEFT's tensors and configuration.
 
     Args:
         path: A file of tensors.
@@ -379,7 +379,7 @@ def _check_values(path: Path, name: str, roles: Mapping[str, Tensor]) -> None:
 def _as_peft(
     path: Path, name: str, role: str, value: Tensor, module: nn.Module, b: Tensor
 ) -> tuple[str, Tensor]:
-    """Return a tensor with PEFT's key and shape. A kernel has as many dimensions as the layer's."""
+    """Return a tensor with PEFT's key and shape. A factor gets as many dimensions as the layer's weight."""
     dims = module.weight.dim() if isinstance(module.weight, Tensor) else 2
     dims = max(dims, 2)
     if role in ("A", "B"):

@@ -66,7 +66,7 @@ def check_parts(folder: Path, tensors: Iterable[str]) -> None:
         tensors: Keys of the new file, which begin with the part.
 
     Raises:
-        CheckpointError: The message names the parts.
+        CheckpointError: If there are such adapters. The message names their parts.
     """
     path = folder / DIFFUSERS_NAME
     if not path.exists():
@@ -142,7 +142,7 @@ def check_free(folder: Path, names: Iterable[str] = _OF_PEFT, *, force: bool) ->
         force: True if an adapter may be replaced.
 
     Raises:
-        CheckpointError: If it holds one.
+        CheckpointError: If there is such an adapter.
     """
     existing = [name for name in names if (folder / name).exists()]
     if existing and not force:

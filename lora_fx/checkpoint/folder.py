@@ -95,7 +95,7 @@ __all__ = [
 _log = logging.getLogger("lora_fx")
 
 Match = Literal["name", "graph"]
-"""How the matrices of a folder are found in a model: by PEFT's names, or by structure."""
+"""The way to find the matrices of a folder in a model: by PEFT's names, or by structure."""
 
 
 @inside
@@ -320,13 +320,13 @@ def load_adapter(
         example_inputs: As for :func:`lora_fx.rewrite`, if the model is not rewritten. An adapter may need
             them again if it was trained on a model that was rewritten with them.
         frontend: As for :func:`lora_fx.rewrite`.
-        deploy: As for :func:`lora_fx.rewrite`, if the model is not rewritten. By default that with which the
-            adapter was trained, which its folder says. None loads it without rounding.
-        match: "name" for an adapter of this model. "graph" for one with other names: of an older
-            transformers, with experts or projections in another form, or from a wrapper. What becomes of each
-            name is logged (:func:`lora_fx.plan_migration`). If the folder has a receipt, the outputs are
-            compared with it.
-        source: With "graph", the model that the adapter was made for, if it is at hand, perhaps on the meta
+        deploy: As for :func:`lora_fx.rewrite`, if the model is not rewritten. By default the storage that the
+            adapter was trained for, which the folder names. None loads the adapter without rounding.
+        match: "name" for an adapter of this model. "graph" for an adapter with other names: from an older
+            version of transformers, from a wrapped model, or with experts or projections stored in another
+            way. The new name of each matrix is logged (:func:`lora_fx.plan_migration`). If the folder has a
+            receipt, the outputs are compared with it.
+        source: With "graph", the model that the adapter was trained on, if you have it. It may be on the meta
             device. It tells the parts of fused matrices, and the order of execution.
 
     Returns:
@@ -367,7 +367,9 @@ def plan_migration(
     source: nn.Module | None = None,
     example_inputs: Any = None,
 ) -> Migration:
-    """Say how an adapter of another model, or of another version of it, would be loaded. Changes nothing.
+    """Return how ``load_adapter(..., match="graph")`` would map the matrices of an adapter to a model.
+
+    The adapter may be of another model, or of another version of the model. Nothing is changed.
 
     Args:
         model: The model to load it on, perhaps on the meta device.
@@ -408,8 +410,8 @@ def load_onto_empty(
     Args:
         model: A model on the meta device that is not rewritten; it is not changed.
         directory: As for :func:`load_adapter`.
-        read: Returns the values of a weight of the base, to compare copies in the folder with them. None if
-            they are unknown.
+        read: A function that returns the values of a weight of the base, or None if they are unknown. Copies
+            of weights in the folder are compared with them.
         match: As for :func:`load_adapter`.
         source: As for :func:`load_adapter`.
 
@@ -433,7 +435,7 @@ def _load(
     read: Read | None = None,
     fit: Callable[..., Migration] | None = None,
 ) -> ModelT:
-    """Load an adapter; see :func:`load_adapter`. With ``fit``, the tensors are first given other names."""
+    """Load an adapter; see :func:`load_adapter`. With ``fit``, the tensors are renamed first."""
     folder = _folder(directory, adapter_name)
     tensors, config, metadata = _read(folder, model, component)
     if fit is not None:
@@ -490,7 +492,7 @@ def _place_base_values(
     folder: Path,
     read: Read | None,
 ) -> None:
-    """Replace weights of the base of which the folder has other values."""
+    """Place the folder's values of base weights, if they differ. They are active only with the adapter."""
     record = adapter_record(target, adapter_name)
     base_values = given_values(target, record, tensors, by_hand_in(metadata), read)
     if base_values:
@@ -503,7 +505,7 @@ def _place_base_values(
 
 
 def _check_how(model: nn.Module, how: Mapping[str, Any], deploy: object) -> None:
-    """Raise if arguments say how to rewrite a model that is rewritten already."""
+    """Raise if arguments for a rewrite are passed with a model that is rewritten already."""
     if record_of(model) is None:
         return
     if how["example_inputs"] is not None or how["frontend"] != "auto":
@@ -538,7 +540,7 @@ def _moved(
     _log.info("%s:\n%s", folder, moved)
     notes = dict(metadata)
     if moved.changed:
-        # The parts of joined sites have the old names. Without them, the whole is one site.
+        # The note about joined sites has the old names. Without the note, the whole weight is one site.
         notes.pop(NOTE, None)
         names = {move.old: move.new for move in moved.moves}
         by_hand = {names.get(name, name) for name in by_hand_in(metadata)}
@@ -565,7 +567,8 @@ def _prove(
     """Compare the outputs with the receipt of the folder, if it has one.
 
     Raises:
-        CheckpointError: If they are not those of the adapter. The values before are restored.
+        CheckpointError: If the outputs differ from the receipt. The adapter's earlier values are restored
+            first.
     """
     if not has_receipt(folder):
         return
@@ -668,7 +671,7 @@ def _rewritten(
 
 @contextlib.contextmanager
 def _noted_deployment(folder: Path, name: str | None) -> Iterator[None]:
-    """Tell how to load an adapter if the model cannot have the storage that its folder names."""
+    """Add a note to an error about the storage that a folder names: how to load the adapter without it."""
     try:
         yield
     except (ConfigError, QuantizationError) as error:
@@ -737,7 +740,7 @@ def _matches_nothing(
 def _remedy(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path
 ) -> list[str]:
-    """Return the advice to load an adapter with other names, if that is possible without doubt."""
+    """Return the advice to use ``match="graph"``, if that finds every matrix; else an empty list."""
     moved = move_adapter(model, tensors, config, written=_entries(folder))
     if moved.problems or not moved.changed:
         return []

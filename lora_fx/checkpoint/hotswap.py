@@ -113,7 +113,7 @@ def hotswap_adapter(
             "shape"
         )
     incoming = _free_name(model, adapter_name)
-    # Buffers outside of saved modules belong to the model: loading writes them before anything is compared.
+    # Loading overwrites the buffers outside of saved modules, before the adapters are compared.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     load_adapter(model, directory, adapter_name=incoming)
     try:
@@ -245,12 +245,12 @@ def _swap(
 def _widen(model: nn.Module, row: PlannedSite, adapter: str, rank: int) -> None:
     factors = factors_of(model, row, adapter)
     for old, value in zip(factors.pair, _padded(row, factors, rank), strict=True):
-        # In place: an optimizer can keep the parameter if it has made no step yet.
+        # Keep the parameter itself, because an optimizer that has made no step yet may refer to it.
         old.grad, old.data = None, value
 
 
 def _padded(row: PlannedSite, factors: SiteFactors, rank: int) -> tuple[Tensor, Tensor]:
-    """Return both factors, padded with zeros up to a rank; in a grouped convolution for each group."""
+    """Return A and B, padded with zeros up to a rank. In a grouped convolution, each group is padded."""
     stacked = pattern_of(row.site).factors(row.site, row.rank).stacked
     a, b, groups = factors.a.detach(), factors.b.detach(), row.site.groups
     axis = 1 if stacked else 0

@@ -60,7 +60,8 @@ class Pair:
 
     Attributes:
         keys: Keys of A and B.
-        crossed: True if A and B are swapped and transposed: PEFT's form of a parameter [in, out].
+        crossed: True if A and B are swapped and transposed, as PEFT stores the factors of a parameter
+            [in, out].
         sizes: Numbers of inputs and outputs of the whole weight.
         members: The sites in the pair.
         times: Number of times that PEFT adds the product.
@@ -113,7 +114,7 @@ class Joined:
 
     @property
     def scale(self) -> float:
-        """The scale of the whole: the members' scale of the largest magnitude."""
+        """The common scale: the scale with the largest magnitude among the members."""
         return max((member.row.scale for member in self.members), key=abs)
 
     @property
@@ -290,7 +291,7 @@ _PROJECTIONS = ("q", "k", "v", "out_proj")
 
 
 def note_of(joined: Iterable[Joined]) -> dict[str, str]:
-    """Return the metadata of a file. Without it, loading adapts the whole as a single site."""
+    """Return the metadata about joined sites. Without it, loading adapts the whole weight as one site."""
     parts = {
         adapter.name: {
             member.row.name: (member.row.rank, member.row.alpha) for member in adapter.members
@@ -389,12 +390,12 @@ def _targets(
 
 
 def attention_around(holder: str) -> str:
-    """Return the attention layer whose rank and alpha PEFT gives these factors, or an empty string.
+    """Return the attention layer whose rank and alpha apply to these factors, or an empty string.
 
     PEFT adapts an ``nn.MultiheadAttention`` as a whole, and its ``out_proj`` is inside the wrapped layer.
 
     Args:
-        holder: Name of the module that has the factors, in a folder.
+        holder: Name of the module that has the factors, as a folder spells it.
     """
     outer, _, leaf = _bare(holder).rpartition(".")
     return outer if leaf == "out_proj" and f"{outer}.{WRAPPER}." in f"{holder}." else ""

@@ -1,4 +1,4 @@
-"""PEFT's names for the tensors of an adapter, and their slots in a rewritten model.
+"""PEFT's names for the tensors of an adapter. A slot is a tensor of a rewritten model with such a name.
 
 ``P`` is the FQN of a module of the base model (PEFT prefixes it with ``base_model.model.``):
 
@@ -24,9 +24,8 @@ the root module itself is ``lora_A.weight``. Parts of a weight (``attn.q``) also
 :mod:`lora_fx.checkpoint.joined` joins them into a single adapter. Earlier versions of lora_fx wrote all of
 these names, so they are also read if PEFT has another name.
 
-A form describes a tensor whose stored form differs from the model's: its stored shape and the conversions
-both ways. If a stored tensor does not fit the model, the message of the error continues after the name of
-the key: "is dense, ...".
+A :class:`Form` converts a tensor of the model to the tensor that is stored, and back. If that is not
+possible, the message of its error is the second half of a sentence that begins with the key: "is dense, ...".
 """
 
 from __future__ import annotations
@@ -83,14 +82,15 @@ class Form:
         return tuple(self.encode(torch.empty(shape, device="meta")).shape)
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the stored form of a tensor; perhaps a view of ``value``."""
+        """Convert a tensor of the model to the stored tensor, which may be a view of ``value``."""
         return value
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        """Return the model's form of a stored tensor; perhaps a view.
+        """Convert a stored tensor to the tensor of the model, which may be a view.
 
         Raises:
-            CheckpointError: If the model's form cannot represent the tensor, with the reason.
+            CheckpointError: If no tensor of the model's shape has the same effect. The message has the
+                reason.
         """
         return stored
 
@@ -149,8 +149,8 @@ class StackedDown(Form):
 
     Attributes:
         experts: E.
-        transposed: True if the model has [E, n, r]. PEFT chooses A by the order of the weight's dimensions.
-            If an operation reads them the other way round, PEFT's A is its B.
+        transposed: True if the model has [E, n, r]. PEFT decides by the order of the weight's dimensions
+            which factor is A. If an operation reads the weight transposed, PEFT's A is the operation's B.
     """
 
     experts: int
@@ -168,7 +168,7 @@ class StackedDown(Form):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StackedUp(Form):
-    """The factors of several experts that PEFT calls B, [E, n, r], stored as [n, r·E], expert fastest.
+    """The factors of several experts that PEFT calls B, [E, n, r], stored as [n, r·E]. Experts vary fastest.
 
     Attributes:
         experts: E.
@@ -189,8 +189,11 @@ class StackedUp(Form):
 
 
 UNREAD = ("original_module", "modules_to_save")
-"""PEFT's wrappers of a saved module. With ``bias="all"`` it also writes biases under their names, which
-nothing reads: the values are under the names of the model."""
+"""Attributes of PEFT's wrapper of a saved module.
+
+With ``bias="all"`` PEFT also writes biases under these names. They are not read, because the same values are
+stored under the names of the model.
+"""
 
 PREFIX = "base_model.model."
 """The prefix that PEFT writes before every key."""
@@ -308,7 +311,7 @@ def _saved_values(
 
 
 def base_name(key: str, model: nn.Module) -> str | None:
-    """Return the FQN of the base parameter for a key, wrapped by PEFT or not, or None."""
+    """Return the FQN of the base parameter that a key names, with or without PEFT's wrappers, or None."""
     bare = join(*(atom for atom in key.split(".") if atom != WRAPPER))
     return next((name for name in (key, bare) if parameter_of(model, name) is not None), None)
 
@@ -385,7 +388,7 @@ def _parameter_slots(
 def _kind_slots(
     row: PlannedSite, factors: SiteFactors, adapter: str, layout: Layout
 ) -> Iterator[Slot]:
-    """Yield the slots that the kind has in addition to A and B, and that folders have.
+    """Yield the slots of the kind's tensors other than A and B, if folders store them.
 
     PEFT writes the magnitude without ``.weight``.
     """
@@ -401,7 +404,7 @@ def _kind_slots(
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the other names of the modules in a block that the model holds several times.
+    """Map the first name of a module to its other names, if the model has its block under several names.
 
     Current PEFT writes only the first name; older versions wrote all of them. If a parent holds a module
     twice, PEFT adapts only the first.

@@ -1,9 +1,10 @@
-"""Names of one model matched with those of another: by the words in them, their numbers, and shapes.
+"""Matching of the names of one model with those of another, by their words, numbers and shapes.
 
-Names that differ only in numbers are a family (``layers.*.attn.q_proj``). Families are matched as a whole:
-each number has to exist on both sides with the same shape. Of several families with these shapes, that
-with the most words in common is taken, if it is the only one, both ways. Among equals, it is the one that
-begins with other words in the same way as names that are matched already.
+Names that differ only in numbers are a family (``layers.*.attn.q_proj``). A family is matched as a whole:
+each of its numbers has to exist in the other family with the same shape. If several families fit, the one
+with the most words in common is taken, provided that no other has as many, in either direction. A family
+scores higher if its name begins differently in the same way as names that are already matched, such as
+``model.`` instead of ``transformer.``.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from lora_fx.errors import some
 __all__ = ["Matched", "Named", "match_names"]
 
 _LEAST: Final = 0.6
-"""Share of common words from which a name counts. Below it, only a single family may have the shapes."""
+"""Minimum share of common words. Below it, two families match only if no other family has the shapes."""
 
 _SAME_RULE: Final = 1.5
-"""The words that a name gains which has another beginning just as names that are matched already."""
+"""Bonus, in words, if the beginnings of two names differ in the same way as in names already matched."""
 
 
 _SHORT: Final = 0.75
-"""What a word counts that is the beginning of the other, q of query."""
+"""Weight of two words of which one is the beginning of the other, such as q and query."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class _Family:
     members: dict[tuple[str, ...], Named]
 
     def rule(self, other: _Family) -> tuple[str, str]:
-        """Return how the names begin, before the parts that they end in alike."""
+        """Return the beginnings of both names, without the equal parts at their ends."""
         mine, theirs = (
             family.pattern.removesuffix(".weight").split(".") for family in (self, other)
         )
@@ -162,7 +163,8 @@ def _settle(
         for other in choices:
             share = _alike(family, other, skipped)
             shares[family, other] = share
-            # The number of common words: a longer name is not farther, unless the words are all the same.
+            # Count common words instead of their share, so that a longer name does not score lower. If all
+            # words are the same, the score is higher.
             size = len(family.words()) + len(other.words())
             common = _common(family.words(), other.words()) * size / 2
             value = common + _SAME_RULE * (family.rule(other) in rules) + (share == 1.0)
@@ -195,7 +197,7 @@ def _shared(names: Sequence[list[str]]) -> int:
 
 
 def _alike(family: _Family, other: _Family, skipped: int) -> float:
-    """Return the share of common words, with or without what all names begin with: a wrapper, perhaps."""
+    """Return the share of common words, with or without the beginning that all names have in common."""
     words = other.words()
     return max(_common(family.words(count), words) for count in (0, skipped))
 

@@ -1,4 +1,4 @@
-"""The matrices that a model has, had in other versions, or applies in parts, and where their values are.
+"""The matrices of a model, including those of other versions and parts of weights, and their locations.
 
 A matrix has a name, and blocks of the model's parameters that hold its values. The experts of a stack are
 matrices. So are the tensors of a checkpoint that transformers puts together on loading, and the parts of a
@@ -54,7 +54,7 @@ class Matrix:
 
     Attributes:
         name: Its name: the FQN of a parameter, or a name that the matrix has elsewhere.
-        shape: Its shape. A matrix of a kernel or a vector has its shape, and no blocks.
+        shape: Its shape. A kernel or a vector has its own shape and no blocks.
         blocks: The parts of parameters that hold it.
         whole: FQN of the parameter that has these values, in this order; empty if there is none.
         origin: Where the name comes from: "model", "transformers" or "parts".
@@ -71,7 +71,7 @@ class Matrices:
     """All matrices of a model, by name."""
 
     def __init__(self, model: nn.Module) -> None:
-        """List the parameters. Nothing is computed before it is asked for."""
+        """Read the shapes of the parameters. Matrices are computed on request."""
         self.model = model
         self.parameters = {name: _shape(value) for name, value in base_parameters(model).items()}
         self._former = FormerNames(model) if is_converted(model) else None
@@ -79,7 +79,7 @@ class Matrices:
         self._by_group: dict[ConvertedGroup, dict[str, Matrix]] = {}
 
     def renamed(self, name: str) -> str:
-        """Return the name in this model of a matrix with a name of an earlier version; else the same name."""
+        """Convert a name from an earlier version of the model. Any other name is returned unchanged."""
         return name if self._former is None else self._former.renamed(name)
 
     def at(self, name: str, expert: int | None = None) -> Matrix | None:
@@ -150,7 +150,7 @@ class Matrices:
         return [matrix for site in sites if site.weight == parameter for matrix in _parts(site)]
 
     def _of(self, group: ConvertedGroup) -> Mapping[str, Matrix]:
-        """Return the matrices of the tensors that transformers makes of some parameters, by name."""
+        """Return the matrices of the tensors that transformers converts a group of parameters to, by name."""
         if group in self._by_group:
             return self._by_group[group]
         names = group.shapes(self.parameters)
@@ -244,7 +244,10 @@ def _traced(
 
 
 def _along(shape: tuple[int, ...], axis: int | None, number: int) -> Tensor:
-    """Return the indices along a dimension, of 16 bits if they fit; -1 for a dimension that is not there."""
+    """Return a tensor that holds for each value its index along a dimension, with 16 bits if they suffice.
+
+    It is -1 if there is no such dimension. Without ``axis``, it holds ``number``.
+    """
     dtype = torch.int16 if max(shape) < 2**15 else torch.int32
     if axis is None or -axis > len(shape):
         value = number if axis is None else -1
@@ -255,11 +258,11 @@ def _along(shape: tuple[int, ...], axis: int | None, number: int) -> Tensor:
 
 
 _Line: TypeAlias = "tuple[int, Tensor]"
-"""The dimension of a matrix that an index depends on, and the index along it."""
+"""The dimension of a matrix along which its entries vary, and the entries along it."""
 
 
 def _line(grid: Tensor) -> _Line | None:
-    """Return the dimension that the entries of a matrix depend on, 0 if they are equal; None for both."""
+    """Return the dimension along which the entries vary, 0 if all are equal, None if they vary along both."""
     for axis in (0, 1):
         along = grid.select(1 - axis, 0)
         if bool((grid == along.unsqueeze(1 - axis)).all()):
@@ -272,7 +275,7 @@ def _varies(line: _Line) -> bool:
 
 
 def _spread(line: _Line, dimension: int, size: int) -> Tensor:
-    """Return the indices along a dimension, on which they depend unless they are equal."""
+    """Return the entries along a dimension. If they vary along the other dimension, repeat the first one."""
     axis, along = line
     return along if axis == dimension and len(along) == size else along[:1].expand(size)
 

@@ -1,4 +1,4 @@
-"""Adapters whose names do not fit a model: the same changes of weights under the model's own names.
+"""Migration of adapters to a model with other names: the same changes of weights under new names.
 
 Modules get new names, experts become stacks, and projections are fused or split. The product of A and B
 stays the same. So each adapted matrix of the folder is looked up in the model in three ways:
@@ -9,8 +9,9 @@ stays the same. So each adapted matrix of the folder is looked up in the model i
 3. by its words, numbers and shape (:mod:`lora_fx.checkpoint.matching`). With the model that the adapter was
    made for, also by the order of execution.
 
-The factors are then put together for the parameters that hold the matrices. Matrices of one parameter each
-keep a part of the rank, with B block-diagonal: ``[B1 0; 0 B2] [A1; A2]``. If they share A, the rank stays.
+The factors are then put together for the parameters that hold the matrices. If several matrices are in one
+parameter, each gets a part of its rank, and B is block-diagonal: ``[B1 0; 0 B2] [A1; A2]``. If they share A,
+the rank stays the same.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ _LEAF: Final = re.compile(
     r"|lora_magnitude_vector(?:\.weight)?|token_adapter\.trainable_tokens_delta)"
 )
 _KINDS: Final = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_ARROW: Final = ".->."  # a number next to a dot is folded
+_ARROW: Final = ".->."  # with dots, because ``folded`` only folds numbers next to a dot
 _PAIR: Final = ("lora_A.weight", "lora_B.weight")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Move:
-    """A matrix, or another tensor, of a folder, and its new name and form.
+    """The new name and form of a matrix, or of another tensor, in a folder.
 
     Attributes:
         old: Its name in the folder.
@@ -78,11 +79,12 @@ class Move:
 
 @dataclasses.dataclass(frozen=True)
 class Migration:
-    """A dry run: an adapter under the names of another model, and the reasons against it.
+    """The plan of a migration: an adapter under the names of another model, or the problems.
 
     Attributes:
         moves: A row for each matrix and each other tensor of the folder.
-        problems: Names that are ambiguous, or that nothing in the model fits. With any, nothing is loaded.
+        problems: Names that are ambiguous, or that nothing in the model fits. If there are any, nothing is
+            loaded.
         tensors: The tensors by PEFT's keys for the new model, without the prefix; empty with problems.
         config: The configuration that names their targets.
         model: The class of the model.
@@ -108,7 +110,7 @@ class Migration:
         """Raise if there are problems.
 
         Raises:
-            CheckpointError: The message names all of them.
+            CheckpointError: If there are problems. The message names all of them.
         """
         if self.problems:
             raise CheckpointError(
@@ -154,7 +156,7 @@ def move_adapter(
         model: The model to load the adapter on; it is not changed, and may be on the meta device.
         tensors: The tensors of the folder, without PEFT's prefix.
         config: The configuration of the folder.
-        source: The model that the adapter was made for, if it is at hand, perhaps on the meta device. It
+        source: The model that the adapter was trained on, if there is one. It may be on the meta device. It
             tells the parts of fused matrices, and the order of execution.
         example_inputs: Inputs of ``model``, if its graphs are needed and it is captured by calling it.
         written: All entries of ``adapter_config.json``, which tell the version of PEFT.
@@ -169,8 +171,8 @@ class _Adapter:
     Attributes:
         weight: FQN of its weight in the old model.
         name: The name that the configuration knows it by.
-        values: The tensors by the end of their keys.
-        keys: The keys by the end of the keys.
+        values: The tensors, by the last part of the key, such as ``lora_A.weight``.
+        keys: The whole keys, by the same part.
     """
 
     weight: str
@@ -207,10 +209,10 @@ class _Item:
     Attributes:
         adapter: The adapter.
         name: Name of the matrix.
-        expert: The expert, if the adapter is of a stack.
+        expert: Index of the expert, if the adapter is for a stack of experts.
         shape: Its shape, as it is stored.
-        pick: Returns the factors of the matrix, [rows, r] and [r, columns].
-        whole: True if it is all of the adapter.
+        pick: A function that returns the factors of the matrix, [rows, r] and [r, columns].
+        whole: True if the adapter consists of this matrix alone.
     """
 
     adapter: _Adapter
@@ -377,10 +379,10 @@ class _Migrator:
         return own == shape
 
     def _crossed(self, adapter: _Adapter, parameter: str) -> bool:
-        """Return True if A and B of a stack are the other way round than PEFT has them from 0.20 on.
+        """Return True if A and B of a stack are swapped, compared with PEFT 0.20 and later.
 
-        PEFT before 0.19 took every stack for [E, in, out]. 0.19 did so only if the module did not say that it
-        is. If the shapes do not tell, the version does.
+        PEFT before 0.19 read every stack as [E, in, out]. PEFT 0.19 did so only if the module does not
+        declare it (``is_transposed``). If the shapes do not tell, the version of PEFT does.
         """
         shape = self.state[parameter]
         if len(shape) != 3 or not adapter.has_factors:
@@ -392,12 +394,15 @@ class _Migrator:
         return self._crosses(turned)
 
     def _crosses(self, turned: bool) -> bool:
-        """Return True if the PEFT that wrote the folder crossed stacks that are, or are not, [E, in, out]."""
+        """Return True if the PEFT that wrote the folder swaps A and B of stacks.
+
+        ``turned`` is True for stacks [E, in, out].
+        """
         version = self.written.get("peft_version")
         if isinstance(version, str) and (match := re.match(r"0\.(\d+)", version)):
             minor = int(match[1])
             return minor == 19 if turned else minor <= 19
-        # Earlier versions wrote no version. lora_fx writes none either, but all fields of PEFT 0.21.
+        # Early PEFT wrote no version. lora_fx writes none either, but it writes all fields of PEFT 0.21.
         return bool(self.written) and "lora_ga_config" not in self.written and not turned
 
     def _is_in_out(self, parameter: str) -> bool:
@@ -433,7 +438,7 @@ class _Migrator:
         return item.shape in (matrix.shape, matrix.shape[::-1])
 
     def _items(self, adapter: _Adapter) -> Iterator[_Item]:
-        """Yield the matrices of an adapter: those of each expert, and with the old model its parts."""
+        """Yield the matrices of an adapter: one for each expert, and with ``source`` one for each part."""
         if not {*_PAIR} <= adapter.values.keys():
             yield _Item(adapter, adapter.weight, None, adapter.shape, _no_factors, True)
             return
@@ -453,7 +458,7 @@ class _Migrator:
             )
 
     def _divided(self, item: _Item) -> Iterator[_Item]:
-        """Yield a matrix, or its parts, which the old model has by other names."""
+        """Yield the parts of a matrix, if the old model has names for them; else the matrix itself."""
         matrices = self.source
         weight = item.adapter.weight
         if matrices is None or weight not in matrices.parameters or len(item.shape) != 2:
@@ -481,7 +486,7 @@ class _Migrator:
             )
 
     def _known_raw(self, name: str, value: Tensor) -> bool:
-        """Move a tensor that is no factor, if its name or that of transformers fits."""
+        """Move a tensor that is not a factor, if the model has its name or the name from transformers."""
         bare = _bare(name)
         if bare in self.state:
             self.raw[name] = (name, value)
@@ -497,7 +502,7 @@ class _Migrator:
     # --- names, shapes and the order of execution -------------------------------------------------
 
     def _search(self, items: list[_Item], raw: Mapping[str, Tensor]) -> None:
-        """Match what no exact rule knows."""
+        """Match the matrices and tensors that no exact rule covers."""
         items = self._by_order(items)
         named = {self._searched(item): item for item in items}
         tensors = {self.matrices.renamed(_bare(name)): name for name in raw}
@@ -564,12 +569,12 @@ class _Migrator:
             )
 
     def _read_shape(self, matrix: Matrix) -> tuple[int, ...]:
-        """Return the shape as PEFT reads it: a matrix [in, out] is turned."""
+        """Return the shape of a matrix as PEFT reads it, [out, in]."""
         turned = matrix.whole and len(matrix.shape) == 2 and self._is_in_out(matrix.whole)
         return matrix.shape[::-1] if turned else matrix.shape
 
     def _by_order(self, items: list[_Item]) -> list[_Item]:
-        """Move what the order of execution tells, if both models run operations of the same shapes."""
+        """Match by the order of execution, if both models run equal operations. Return the other matrices."""
         if self.source is None:
             return items
         old = [site for site in self._source_sites if site.rows is None]
@@ -660,7 +665,7 @@ class _Migrator:
         self.claimed.add(matrix.name)
 
     def _is_turned(self, item: _Item) -> bool:
-        """Return True if B and A of a square matrix are of its columns and rows."""
+        """Return True if the stored factors of a square matrix are those of its transpose."""
         if item.expert is not None:
             return self._crosses(turned=False)
         return bool(self.config.fan_in_fan_out)
@@ -779,7 +784,7 @@ class _Migrator:
         )
 
     def _renamed_config(self) -> LoraConfig:
-        """Return the configuration with the names of modules that are trained in full, or whose rows are."""
+        """Return the configuration with the new names of modules that are trained in full or by rows."""
         config = self.config
         entries = saved_entries(config)
         owners: dict[str, str] = {}
@@ -834,7 +839,7 @@ def _full(leaf: str) -> str:
 
 
 def _up_to(name: str, entry: str) -> str | None:
-    """Return the name of the module around a tensor that ends in an entry, or None."""
+    """Return the name of the module around a tensor, up to where it ends in ``entry``, or None."""
     atoms = name.split(".")
     for stop in range(1, len(atoms)):
         if ".".join(atoms[:stop]).endswith(entry):
@@ -857,7 +862,7 @@ def _pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def _taken(
     pick: Callable[[], tuple[Tensor, Tensor]], block: Block, turned: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors of the matrix that a block of an old parameter is."""
+    """Return the factors of one block of an old parameter."""
     left, right = pick()
     if turned:
         left, right = right.T, left.T
@@ -917,7 +922,7 @@ def _change(item: _Item, block: Block, shape: Sequence[int]) -> str:
 
 
 def _overlaps(parameter: str, parts: Sequence[_Part]) -> Iterator[str]:
-    """Yield a problem for parts that are the same values of a parameter."""
+    """Yield a problem for each pair of parts that cover the same values of a parameter."""
     for index, part in enumerate(parts):
         for other in parts[:index]:
             rows = set(part.block.first.tolist()) & set(other.block.first.tolist())

@@ -97,8 +97,8 @@ def as_peft_model(model: nn.Module) -> Any:
 
     The model is neither changed nor copied: it is ``result.get_base_model()``, and training one trains the
     other. Libraries see a ``PeftModel`` with the methods of lora-fx. TRL's ``DPOTrainer`` and ``GRPOTrainer``
-    use the initial adapter as the reference. A ``Trainer`` writes adapter folders that hold the weights once,
-    and resumes those of PEFT.
+    use the initial adapter as the reference. A ``Trainer`` writes adapter folders without a second copy of
+    the weights, and also resumes PEFT's folders.
 
     Args:
         model: A model from :func:`lora_fx.rewrite` or :func:`lora_fx.load_adapter`.
@@ -153,7 +153,7 @@ _Known: TypeAlias = dict[str, tuple[LoraConfig, Any]]
 
 
 class _Configs(dict[str, Any]):
-    """Configurations of PEFT by the names of the adapters. PEFT cannot add another."""
+    """Configurations of PEFT by the names of the adapters. It refuses new entries, which PEFT would add."""
 
     def __setitem__(self, name: str, config: Any) -> None:
         """Raise before PEFT has changed the model."""
@@ -164,7 +164,7 @@ class _Configs(dict[str, Any]):
         return dict, (dict(self),)
 
     def update(self, *_: Any, **__: Any) -> None:
-        """Raise likewise."""
+        """Raise before PEFT has changed the model."""
         raise ConfigError(
             f"PEFT was asked to adapt a model that has adapters of lora-fx ({some(list(self))}): give "
             "peft_config=None to a trainer that trains these, lora_fx.add_adapter(model, config, name) adds "
@@ -202,7 +202,7 @@ def _check_options(call: str, options: Mapping[str, Any]) -> None:
     """Raise if an unknown option would change something.
 
     Raises:
-        ConfigError: Names the first such option.
+        ConfigError: If there is such an option. The message names the first.
     """
     for name, value in options.items():
         if name not in _NEUTRAL and value is not None:
@@ -267,7 +267,7 @@ class _Tuner(AroundModel):
     def peft_config(self) -> dict[str, Any]:
         """The configuration of each adapter as a configuration of PEFT, the same object each time.
 
-        ``save_pretrained`` writes these of its fields: ``base_model_name_or_path``, ``revision``,
+        Of changes to its fields, ``save_pretrained`` only writes ``base_model_name_or_path``, ``revision``,
         ``inference_mode`` and ``task_type``.
         """
         return peft_configs(self._model, self._inside.configs)
@@ -372,7 +372,7 @@ class _Inside(_Tuner, nn.Module):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute, of the model if the tuner has none."""
+        """Return an attribute of the tuner or, if the tuner does not have it, of the model."""
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:
@@ -614,7 +614,7 @@ class _Adapted(_Tuner):
         state_dict: dict[str, torch.Tensor] | None = None,
         **options: Any,
     ) -> None:
-        """Write the folders of PEFT's ``save_pretrained``, in one move.
+        """Write adapter folders as PEFT's ``save_pretrained`` does, all of them or none.
 
         Args:
             save_directory: The folder of the adapter "default". Other adapters get subfolders of their names.
@@ -705,7 +705,7 @@ _SAID = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
 
 @inside
 def cast_to_base(model: nn.Module, adapter_name: str) -> None:
-    """Cast factors over weights in half precision to their dtype: ``autocast_adapter_dtype=False``."""
+    """Cast the factors of half-precision weights to the weights' dtype (``autocast_adapter_dtype=False``)."""
     for row in require_record(model).adapters[adapter_name].sites:
         dtype = base_dtype(model, row.site)
         if dtype in (torch.float16, torch.bfloat16):

@@ -107,7 +107,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """The effect of an adapter on a few inputs, by which a copy of it is recognized elsewhere.
+    """The effect of an adapter on a few inputs, by which copies of the adapter are recognized elsewhere.
 
     Attributes:
         inputs: These inputs by name; ``""`` if the model is called with a single tensor.

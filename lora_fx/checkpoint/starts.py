@@ -113,7 +113,7 @@ def converted(
 
 
 def _side_by_side(site: Site, new: torch.Tensor, old: torch.Tensor, is_b: bool) -> torch.Tensor:
-    """Concatenate both along the rank, within each expert or group."""
+    """Concatenate two factors along the rank, within each expert or group."""
     if is_b:
         return torch.cat([new, old], 2 if site.experts else 1)
     if site.experts:
@@ -123,7 +123,7 @@ def _side_by_side(site: Site, new: torch.Tensor, old: torch.Tensor, is_b: bool) 
 
 
 def _parted(site: Site, whole: torch.Tensor, is_b: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split the factors of a difference into those of the two adapters; see :func:`_side_by_side`."""
+    """Split a joined factor into the two factors that :func:`_side_by_side` concatenated."""
     if is_b or site.experts:
         first, last = whole.chunk(2, (2 if site.experts else 1) if is_b else 1)
         return first, last
@@ -156,9 +156,9 @@ def check_start(config: LoraConfig, folder: Path) -> None:
 
 
 def repeat_start(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
-    """Give a new adapter the start of its configuration, if that start changes the base (PiSSA, OLoRA).
+    """Initialize a new adapter as its configuration says, if that changes the base (PiSSA, OLoRA).
 
-    A folder of PEFT holds factors for the base that was changed so.
+    A folder of PEFT holds factors for the changed base.
 
     Raises:
         CheckpointError: If PEFT's start cannot be reproduced at a site. The model is unchanged then.
@@ -198,7 +198,7 @@ def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
 def _starting(config: LoraConfig) -> dict[str, Any]:
     start = config.init_lora_weights
     return {
-        # Starts that do not change the base are alike.
+        # Starts that do not change the base make no difference here.
         "init_lora_weights": start if changes_base(start) else True,
         "loftq_config": config.loftq_config,
     }

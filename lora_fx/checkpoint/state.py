@@ -80,12 +80,12 @@ __all__ = [
 # --- weights of the base --------------------------------------------------------------------------
 # Weights of the base in an adapter's folder: embeddings, heads, and parameters that were trained by hand.
 #
-# Adding tokens resizes both ends of a transformers model, and no checkpoint of the base has the new rows.
-# PEFT therefore writes these weights if they were resized or adapted (``save_embedding_layers``), and so
-# does this module. Parameters that were unfrozen by hand are written under the same names, and the metadata
-# of the file lists them. Any other tensor that differs from the model's belongs to another base. When a
-# folder is loaded, the weights that differ become the adapter's. They are frozen and replace those of the
-# base, which stays as it is.
+# Adding tokens resizes the embedding and the head of a transformers model, and no checkpoint of the base has
+# the new rows. PEFT therefore writes these weights if they were resized or adapted
+# (``save_embedding_layers``), and so does this module. Parameters that were unfrozen by hand are written
+# under the same names, and the metadata of the file lists them. Any other tensor that differs from the
+# model's belongs to another base. When a folder is loaded, the weights that differ become the adapter's. They
+# are frozen and replace those of the base, which stays as it is.
 
 
 NOTE = "lora_fx.by_hand"
@@ -95,9 +95,12 @@ Read = Callable[[str], torch.Tensor | None]
 """Function that returns a weight of the base by its FQN."""
 
 SaveEmbeddings = bool | Literal["auto"]
-"""True to save the weights of both ends; ``"auto"`` if they were resized, adapted, or came with a folder."""
+"""True to save the embedding and head; ``"auto"`` if they were resized, adapted, or came with a folder."""
 
-_ADAPTED = ("embed_tokens", "lm_head")  # PEFT's list: it does not recognize ends by other names.
+_ADAPTED = (
+    "embed_tokens",
+    "lm_head",
+)  # PEFT's list: it does not recognize other embeddings and heads.
 
 
 def saved_embeddings(
@@ -185,7 +188,7 @@ def deployment_in(metadata: Mapping[str, str]) -> str | None:
 def note_of_labels(model: nn.Module) -> dict[str, str]:
     """Return the metadata of a file with the class names of a transformers model; empty if it has none.
 
-    ``LABEL_0`` and so on, which transformers makes up, are no names.
+    Placeholders of transformers (``LABEL_0`` and so on) do not count as names.
     """
     names = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(names, Mapping) or all(
@@ -246,7 +249,8 @@ def given_values(
         record: The adapter's record.
         tensors: By key, without the prefix.
         by_hand: FQNs of the parameters that were trained by hand.
-        read: Returns the values of a weight that is on the meta device, or None if they are unknown.
+        read: A function that returns the values of a weight that is on the meta device, or None if they are
+            unknown.
     """
     ends = {*_parameters(model, _ends(model)), *by_hand}
     base = {**dict(base_parameters(model)), **require_record(model).originals}
@@ -447,7 +451,7 @@ def _leftover(
     record: AdapterRecord,
     read: Read | None = None,
 ) -> Iterator[str]:
-    """Yield the problem with a tensor that is not part of the adapter; nothing if the model has the tensor.
+    """Yield the problem with a tensor that is not part of the adapter; none if the model has the same values.
 
     PEFT writes the base weight of an embedding or head that it adapts.
     """
@@ -585,7 +589,8 @@ def fitted(
     base_values |= {name: own_value(model, adapter, name) for name in record.given}
     own = slots_of(model, record, adapter, layout, persistent_buffers(model), base_values)
     whole = converted(model, record, adapter, own)
-    # The file has either the ranks of `stored`, or the model's own ranks and the start is in the model.
+    # The file has either the doubled ranks that `stored` writes, or the model's own ranks. In the second
+    # case, the start was subtracted from the base.
     with_start = bool(whole.rows) and _written_so(whole, layout, remaining)
     before, slots = record, dict(own)
     if with_start:
@@ -614,7 +619,7 @@ def fitted(
         problems += _other_scales(dataclasses.replace(record, sites=rows), config, names)
         problems += [] if with_start else other_start(record, config)
         problems += _other_kinds(record, config)
-    # Processes may gather shards together here, so all need the same order. The order of a set differs.
+    # Processes may gather shards together here, so all need the same order. A set has another order in each.
     for key in [key for key in remaining if key not in slots]:
         problems += _leftover(key, remaining[key], model, record, read)
     return values, problems
@@ -690,7 +695,7 @@ def _replace_empty(
 
 
 def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors by the names of modules in the base model."""
+    """Return the tensors with PEFT's prefix removed from the keys, if all keys have it."""
     if all(key.startswith(PREFIX) for key in tensors):
         return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     return tensors
@@ -838,7 +843,7 @@ def _is_grouped(row: PlannedSite) -> bool:
 
 
 def _normed(row: PlannedSite) -> tuple[str, ...]:
-    """Return the names of the slots that are compared with the norm of the weight: magnitudes."""
+    """Return the names of the slots that are divided by the norm of the adapted weight: magnitudes."""
     return tuple(slot.name for slot in kind_of(row).slots(row.site) if slot.normed)
 
 

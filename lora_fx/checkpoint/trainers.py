@@ -185,7 +185,8 @@ def saves_adapter(method: Callable[..., Any]) -> Callable[..., Any]:
         if part is None:
             return method(self, save_directory, *args, **kwargs)
         if kwargs.get("state_dict") == {} and any(map(is_partitioned, self.parameters())):
-            # The Trainer passes this if it gathers nothing. It resumes from DeepSpeed's checkpoint then.
+            # The Trainer passes an empty state_dict if it does not gather ZeRO-3's parts. It then resumes
+            # from DeepSpeed's checkpoint.
             _log.warning(
                 "%s gets no adapter: ZeRO-3 has its parts, and the state_dict is empty. Set "
                 "stage3_gather_16bit_weights_on_model_save in DeepSpeed's configuration, or give the Trainer "
@@ -344,7 +345,7 @@ def save_peft_folder(
     values: Mapping[str, Any],
     said: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write adapters as PEFT's ``save_pretrained`` does, in one move.
+    """Write adapters as PEFT's ``save_pretrained`` does, all of them or none.
 
     Args:
         model: A rewritten model.
@@ -417,7 +418,7 @@ def _check_gathered(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Raise if ZeRO-3 has partitioned a parameter and its values are missing: an empty tensor would be saved.
 
     Raises:
-        ConfigError: Names the first trained parameter that is not in the state dict.
+        ConfigError: If a trained parameter has no values. The message names the first.
     """
     for name, parameter in model.named_parameters():
         whole = getattr(state.get(name), "shape", None) == whole_shape(parameter)
@@ -543,7 +544,7 @@ def lightning_callback(
         ``Trainer(callbacks=[callback])``.
 
     Raises:
-        ConfigError: If the mode is neither.
+        ConfigError: If ``mode`` is neither of the two.
     """
     if mode not in ("min", "max"):
         raise ConfigError(f"mode: found {mode!r}; it is 'min' or 'max'")

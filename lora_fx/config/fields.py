@@ -1,7 +1,8 @@
 """The fields of `LoraConfig`: validation and normalization of each, and the fields that are refused.
 
 No field of a PEFT configuration is dropped silently. It is a field of `LoraConfig`, or it belongs to another
-method or engine. For the latter the value that switches it off is known. Any other field is an error.
+method or engine. Such a field is only accepted with the value that switches it off. Any other field is an
+error.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ _Value = TypeVar("_Value")
 
 
 class FrozenOptions(Mapping[str, _Value]):
-    """A read-only, hashable `dict` with all options of an initialization."""
+    """A read-only, hashable `dict`, such as the options of an initialization."""
 
     __slots__ = ("_data",)
 
@@ -97,7 +98,7 @@ class FrozenOptions(Mapping[str, _Value]):
 
 
 def whole_number(value: object) -> int | None:
-    """Return an integral number, such as one of NumPy, as an int. None for other values, and for a bool."""
+    """Convert an integer of any type, such as NumPy's, to an int. Return None for a bool or another value."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         return None
     return operator.index(value)
@@ -493,7 +494,7 @@ def _tokens(name: str, value: object) -> tuple[int, ...] | FrozenPattern[Any]:
 def _indices(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple | set | frozenset | range) or not value:
         raise bad(name, value, "give a list of token indices that is not empty")
-    # The order is that of the rows in a checkpoint, as in PEFT.
+    # Keep the order, because it is that of the rows in a checkpoint, as in PEFT.
     remedy = "a token index is a whole number of at least 0"
     indices = tuple(_whole(name, index, remedy, 0) for index in value)
     if len(set(indices)) != len(indices):

@@ -184,7 +184,7 @@ class LoraConfig:
             last occurrence of these tokens in a prompt on.
         dense_groups: True to train A of a grouped convolution as PEFT does: every row reads all input
             channels. No weight of a grouped convolution can hold such a sum, so it cannot be merged. lora_fx
-            only: in a folder the values of A show it.
+            only. It is not saved, because the values of A in a folder show it.
         bias: The biases of the base model to train: "none", "all" or "lora_only".
         modules_to_save: Modules that are copied, trained in full and saved with the adapter.
         ensure_weight_tying: True to keep tied weights tied: a head that shares the weight of an adapted
@@ -203,13 +203,14 @@ class LoraConfig:
             `adjust_scaling_factors`.
         corda_config: Options of "corda": `corda_method`, `use_float16_for_covariance`.
         lora_ga_config: Options of "lora_ga": `direction`, `scale`, `stable_gamma`.
-        kasa_config: Options of KaSA, which it chooses: `beta`, `gamma`. The base loses its `r` smallest
-            singular values, and a diagonal between A and B is trained (https://arxiv.org/abs/2412.06071).
-        velora_config: Options of VeLoRA, which it chooses: `num_groups`, `scale`, `init_type`. Training keeps
-            compressed inputs for the gradient of A (https://arxiv.org/abs/2405.17991).
-        monteclora_config: Options of MonteCLoRA, which it chooses: `num_samples`, `use_entropy`,
-            `dirichlet_prior`, `sample_scaler`, `kl_loss_weight`. Training draws noise on A. `buffer_size` is
-            PEFT's, and has no effect: noise is drawn in the call that uses it.
+        kasa_config: Options of KaSA; setting them chooses KaSA: `beta`, `gamma`. The base loses its `r`
+            smallest singular values, and a diagonal between A and B is trained
+            (https://arxiv.org/abs/2412.06071).
+        velora_config: Options of VeLoRA; setting them chooses VeLoRA: `num_groups`, `scale`, `init_type`.
+            Training keeps compressed inputs for the gradient of A (https://arxiv.org/abs/2405.17991).
+        monteclora_config: Options of MonteCLoRA; setting them chooses MonteCLoRA: `num_samples`,
+            `use_entropy`, `dirichlet_prior`, `sample_scaler`, `kl_loss_weight`. Training draws noise on A.
+            `buffer_size` is PEFT's, and has no effect: noise is drawn in the call that uses it.
         seed: Seeds the initialization of each site. None: `rewrite` and `add_adapter` draw a seed from
             PyTorch's global generator, so that `torch.manual_seed` has an effect, as in PEFT. lora_fx only:
             PEFT warns about unknown keys, so the seed is not saved.

@@ -185,7 +185,7 @@ def rank_for(name: str | Sequence[str], config: LoraConfig) -> int:
 
 
 def alpha_for(name: str | Sequence[str], config: LoraConfig) -> float:
-    """Return the alpha of the adapter at `name`, in the same way."""
+    """Return the alpha of the adapter at `name`, looked up as by :func:`rank_for`."""
     return _from_pattern(name, config.alpha_pattern, config.lora_alpha)
 
 

@@ -2,7 +2,8 @@
 
 Only the adapter travels: vLLM loads a folder in PEFT's format, and a session takes the values of the model.
 Then the target answers a *probe*, a few inputs. Its answer is compared with the answers of the adapter as it
-is here, of the base, and of earlier versions. So a target with an old adapter, another one, or none is found.
+is here, of the base, and of earlier versions. This shows whether the target has an old adapter, another one,
+or none.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _log = logging.getLogger("lora_fx")
 _Reaction: TypeAlias = Literal["raise", "warn"]
 _TargetLike: TypeAlias = str | VllmServer | OnnxSession
 
-_VERSIONS: Final = 8  # the answers of so many versions are kept, each [rows, vocabulary]
+_VERSIONS: Final = 8  # number of versions whose answers are kept, each [rows, vocabulary]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Version:
-    """A version of an adapter, as it answers here.
+    """A version of an adapter, with its answer in the model here.
 
     Attributes:
         label: Its name, such as "step 50".
@@ -91,17 +92,17 @@ def sync(
             between the target's base and the base here, and at least 3e-4 for fp32, 3e-3 for fp16 and 1e-2
             for bf16. If the target shows no base, it is three times these. It grows with an effect of the
             adapter above 1.
-        on_inconclusive: "warn" to log a warning if the probe does not tell this version from another one,
-            and return. The receipt is not ``applied`` then.
+        on_inconclusive: "warn" to log a warning if the probe cannot tell this version from another one, and
+            return. The receipt is not ``applied`` then.
 
     Returns:
         A receipt.
 
     Raises:
         DeliveryError: If the target does not answer, refuses the adapter, or answers otherwise than the
-            adapter here. Its message says what the target has. Also if the probe does not tell. The model is
-            unchanged, so training may continue.
-        ConfigError: If the model, the target or the probe is none, or the model is sharded.
+            adapter here. Its message says what the target has. Also if the probe cannot tell this version
+            from another one. The model is unchanged, so training may continue.
+        ConfigError: If the model, the target or the probe is not valid, or the model is sharded.
         CheckpointError: If the target cannot serve such an adapter.
     """
     receiver, owner = target_of(target)
@@ -192,7 +193,7 @@ def sync_callback(
         on_failure: "warn" to log a :class:`DeliveryError` and go on with training. The next delivery tries
             again.
         on_inconclusive: As for :func:`sync`. With few steps and a small learning rate, versions may be nearer
-            to each other than the rounding of the server. Then "warn" is the choice.
+            to each other than the rounding of the server. Choose "warn" then.
 
     Returns:
         A ``transformers.TrainerCallback``: ``Trainer(..., callbacks=[callback])``. Its attribute
@@ -254,7 +255,8 @@ class _Delivers:
         return arguments.get("processing_class") if tokenizer is None else tokenizer
 
     def _deliver(self, state: Any, arguments: Mapping[str, Any]) -> None:
-        model = _one_model(arguments["model"])  # refused on every rank, so that none waits
+        # Raise on every rank, so that no rank waits for another.
+        model = _one_model(arguments["model"])
         if not state.is_world_process_zero:
             return
         self.last_step = state.global_step

@@ -31,7 +31,7 @@ class ProbeInputs:
 
     Attributes:
         calls: Inputs of each call by argument. Texts of different lengths are separate calls.
-        prompts: Token ids for a server; None if the inputs are no token ids alone.
+        prompts: Token ids for a server; None if the inputs are not just token ids.
     """
 
     calls: tuple[Mapping[str, Tensor], ...]
@@ -75,7 +75,7 @@ def read_probe(probe: Any, tokenizer: Any = None) -> ProbeInputs:
         tokenizer: A tokenizer of transformers, for texts.
 
     Raises:
-        ConfigError: If it is none, or texts come without a tokenizer.
+        ConfigError: If the probe is not valid, or has texts and there is no tokenizer.
     """
     if isinstance(probe, Mapping):
         if not probe or not all(isinstance(value, Tensor) for value in probe.values()):
@@ -115,7 +115,7 @@ def run_session(session: OnnxSession, inputs: Mapping[str, Tensor], adapter: str
     """Run a session on inputs of the model that it was made from.
 
     Args:
-        session: A session. If its file generates text, it runs the token ids alone.
+        session: A session. If its file generates text, only the token ids and their mask are used.
         inputs: Inputs by argument, or a single tensor as ``""``.
         adapter: The session's name of an adapter, or None for the base.
 

@@ -1,4 +1,4 @@
-"""Receipts of deliveries: does a server answer with the delivered version of an adapter, or with another?
+"""Receipts of deliveries: the check that a server answers with the delivered version of an adapter.
 
 Let ``d`` be the root mean square of a difference of log-probabilities (of elements, as a share of their size,
 if a model has no logits). An answer fits a version if ``d`` is at most the tolerance. By the triangle
@@ -110,7 +110,7 @@ class LocalAnswers:
 
     Attributes:
         values: The answer of the adapter.
-        base: That of the base.
+        base: The answer of the base.
         dtype: The dtype of the model's outputs.
         tokens: True for log-probabilities of tokens.
     """
@@ -144,7 +144,7 @@ def answer_here(model: nn.Module, adapter_name: str, probe: ProbeInputs) -> Loca
     with disable_adapter(twin):
         base, _, _ = probe.read([call_with(twin, call) for call in calls])
     state = adapter_state_dict(model, adapter_name)
-    # A kernel may hide such a value from the answer.
+    # Check the tensors as well, because a kernel may hide such a value in the answer.
     broken = [name for name, value in state.items() if not bool(value.isfinite().all())]
     if broken or values.isposinf().any():
         raise DeliveryError(
@@ -169,7 +169,7 @@ def judge_answer(
         identity: The target, the name of the adapter there, the name of the version, and its folder.
         local: The answers of the model.
         answer: The answer of the target with the adapter; NaN for values that it leaves out.
-        base: That of the target's base, if it shows it.
+        base: The answer of the target's base, if the target shows it.
         versions: The answers of other versions by their names.
         tolerance: The largest distance that fits; None to derive it.
     """
@@ -200,13 +200,13 @@ def judge_answer(
 
 
 def _within(most: float, answer: Tensor, rivals: Mapping[str, Tensor]) -> list[str]:
-    """Return the versions at most so far from an answer; the adapter from before only if it has no name."""
+    """Return the versions within a distance of an answer; :data:`BEFORE` only if it is the only one."""
     labels = [label for label, values in rivals.items() if _distance(answer, values) <= most]
     return [label for label in labels if label != BEFORE or len(labels) == 1]
 
 
 def message_of(receipt: Delivery) -> str:
-    """Return what a target has, and what to do."""
+    """Return a message that says which adapter a target answers with, and what to do."""
     start = f"{receipt.target}: adapter {receipt.name!r} ({receipt.version})"
     figures = str(receipt).partition("; ")[2]
     if receipt.verdict == "inconclusive":

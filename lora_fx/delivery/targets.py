@@ -55,10 +55,10 @@ class Target(Protocol):
 
     @property
     def title(self) -> str:
-        """Its name in messages."""
+        """The name of the target in messages."""
 
     def check_probe(self, probe: ProbeInputs, local: LocalAnswers) -> None:
-        """Raise if it cannot answer this probe.
+        """Raise if the target cannot answer this probe.
 
         Raises:
             ConfigError: If the probe or the answers are of another kind.
@@ -68,7 +68,7 @@ class Target(Protocol):
         """Make an adapter ready to be loaded."""
 
     def has(self, name: str, staged: Staged) -> bool | None:
-        """Return True if it has this content by this name, False for another, None for no adapter."""
+        """Return True if the target has this content by this name, False for other content, else None."""
 
     def load(self, name: str, staged: Staged, *, replace: bool) -> None:
         """Load an adapter, or replace the adapter of this name."""
@@ -97,7 +97,7 @@ class VllmServer:
     two folders of each name stay. The server may read them again at any time.
 
     Args:
-        url: Its address, with or without ``/v1``. Nothing else is asked.
+        url: Its address, with or without ``/v1``. Requests go to no other address.
         directory: A folder that the server sees under the same path. By default a temporary one, for a server
             on this machine.
         api_key: Its key, if it needs one (``--api-key``).
@@ -109,7 +109,7 @@ class VllmServer:
         folders: The folders that it has loaded, by the name of the adapter.
 
     Raises:
-        ConfigError: If the address is none of HTTP.
+        ConfigError: If ``url`` is not an HTTP address.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ def target_of(target: Any) -> tuple[Target, VllmServer | OnnxSession]:
     """Return the target, and the object that its history belongs to.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If it is not a target.
     """
     if isinstance(target, str):
         target = _server_at(target)

@@ -1,4 +1,4 @@
-"""Adapters made of the difference between two models."""
+"""Adapters made from the difference between two models."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _equal(value: Tensor, other: Tensor) -> bool:
 
 
 def _check_values(name: str, value: Tensor) -> None:
-    """Raise for values of which no difference can be taken.
+    """Raise if no difference can be computed with these values.
 
     Raises:
         QuantizationError: If they are of 8 bits.
@@ -195,7 +195,7 @@ def weights_in(files: WeightFiles, model: nn.Module) -> Weights:
 
 
 def names_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return all names of each tensor, by each of its names."""
+    """Map each name to all names of the same tensor."""
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
@@ -203,5 +203,5 @@ def names_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters by each of their names, and the persistent buffers."""
+    """Return the parameters, each under every name, and the persistent buffers."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}

@@ -1,4 +1,4 @@
-"""Make an adapter of the difference between two models.
+"""Make an adapter from the difference between two models.
 
 A change may come from a tuned checkpoint, or from an adapter of another method: anything that gives the old
 and the new value of each parameter. Weights of linear operations become factors, whatever their form
@@ -96,7 +96,7 @@ def extract_adapter(
     progress: Progress = False,
     return_report: bool = False,
 ) -> ModelT | tuple[ModelT, ExtractionReport]:
-    """Make a LoRA adapter of a fully fine-tuned model: the base, and factors of what tuning has changed.
+    """Make a LoRA adapter from a fully fine-tuned model and its base.
 
     Changes of linear operations become factors: the leading singular triples of ``ΔW``. Norms and other
     modules without such an operation are stored in full (``modules_to_save``), biases and other parameters
@@ -105,10 +105,10 @@ def extract_adapter(
     Args:
         base: The model before it was tuned. It is not changed.
         tuned: The tuned model, or a folder of its safetensors, which are read one tensor at a time.
-        rank: The rank of all sites, by default 16. A site whose weight has no more gets a smaller one.
+        rank: The rank of all sites, by default 16. It is limited by the size of a site's weight.
         energy: Instead of ``rank``: each site gets the smallest rank that keeps this share of ``‖ΔW‖²``.
         budget: Instead of ``rank``: a number of parameters, or a size such as "20MB" (4 bytes each), for
-            the whole adapter. Ranks go where they keep most.
+            the whole adapter. Ranks go to the sites where they keep most of the change.
         inputs: Batches as for :func:`lora_fx.initialize`. The factors of products with a matrix are then
             those that change the outputs least for such inputs, and the report has the errors of outputs.
         forward: A function that calls the model with a batch of ``inputs``, if they have another form.
@@ -230,7 +230,7 @@ def extract(
 
 
 def _is_in(name: str, modules: Iterable[str]) -> bool:
-    """Return True if a parameter is inside one of some modules."""
+    """Return True if a parameter is inside one of the modules."""
     return any(name.startswith(f"{module}.") for module in modules)
 
 
@@ -279,7 +279,7 @@ class _InFull:
         fresh: Iterable[str],
         groups: Mapping[str, tuple[str, ...]],
     ) -> _InFull:
-        """Choose the place of each changed parameter that is no weight of an adapted operation."""
+        """Choose how to store each changed parameter that gets no factors."""
         owners = {site.owner for site in sites}
         modules, names, with_biases = set(fresh), set(), False
         for name in changed:
@@ -312,7 +312,7 @@ class _Changed:
     """The changed tensors of a model, and where an adapter stores each of them.
 
     Attributes:
-        groups: All names of each parameter, by each of them.
+        groups: All names of a parameter, by each of its names.
         names: The changed parameters, by FQN.
         buffers: The changed buffers, by FQN.
         sites: The operations that get factors.
@@ -463,7 +463,7 @@ def _config(
     in_full: _InFull,
     config: LoraConfig | None,
 ) -> LoraConfig:
-    """Return the configuration of an adapter for these sites that has places for other parameters as well."""
+    """Return the configuration of an adapter for these sites and for the parameters stored in full."""
     names = {site.name: ranks[site.name] for site in sites}
     shared = {head.name: names[site.name] for head, site in heads.items() if site.name in names}
     base = dataclasses.replace(
@@ -485,7 +485,7 @@ def _fill(
     buffers: Iterable[str],
     groups: Mapping[str, tuple[str, ...]],
 ) -> list[str]:
-    """Write all changes into an adapter, and return the names of parameters without another place."""
+    """Write all changes into an adapter. Return the parameters that its configuration does not cover."""
     record = adapter_record(adapted, adapter)
     values: list[tuple[Slot, Tensor]] = []
     covered: set[str] = set()

@@ -20,7 +20,7 @@ class RankChoice:
     """The rule for the rank of each site. At most one of the three is set.
 
     Attributes:
-        rank: The same rank for all sites; a smaller one where a matrix has no more.
+        rank: The same rank for all sites, or less for a matrix that is too small.
         energy: Each site gets the smallest rank that keeps this share of ``‖ΔW‖²``, in (0, 1].
         budget: The number of elements of the whole adapter. Ranks go to the sites where they keep most of
             ``‖ΔW‖²`` for their size.

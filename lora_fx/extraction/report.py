@@ -20,7 +20,7 @@ class ExtractedSite:
         name: FQN of the site.
         weight: FQN of the parameter.
         rank: Rank of the factors.
-        largest_rank: The rank that any change of the weight has at most.
+        largest_rank: The largest rank that a change of the weight can have.
         relative_change: ``‖ΔW‖ / ‖W‖``.
         error: ``‖ΔW - s·BA‖ / ‖ΔW‖``, with the factors as they are stored.
         change: ``‖ΔW‖``.

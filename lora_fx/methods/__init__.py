@@ -1,7 +1,7 @@
 """Adapters of other methods than LoRA, as the changes that they make to the parameters of a model.
 
-Each file of the package has a method, which is in the ``METHODS`` of the file. PEFT's folders and files of
-LyCORIS, kohya and ComfyUI are read.
+Each file that implements methods lists them in its ``METHODS``. PEFT's folders and files of LyCORIS, kohya
+and ComfyUI are read.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def check_peft_type(folder: Path) -> None:
     """Raise if a folder of PEFT has an adapter of another method than LoRA.
 
     Raises:
-        CheckpointError: The message says what would work. Or if the configuration is missing or damaged.
+        CheckpointError: If it is of another method; the message says what would work. If the configuration is
+            missing or damaged.
     """
     peft_type = read_config(folder)["peft_type"]
     reason = refusal(peft_type, _OF_PEFT)
@@ -78,7 +79,8 @@ def check_is_lora(path: Path, tensors: Mapping[str, Tensor]) -> None:
         tensors: Its tensors, by key.
 
     Raises:
-        CheckpointError: The message names the tensor, its method, and the converter.
+        CheckpointError: If there is such a layer. The message names the tensor, its method, and the
+            converter.
     """
     lycoris_file.check_is_lora(path, tensors, _OF_FILES)
 

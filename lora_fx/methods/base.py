@@ -32,8 +32,8 @@ class ParameterChange:
 
     Attributes:
         parameter: FQN of the parameter: a weight, or a bias.
-        adapted: Returns the adapted value of the parameter, in its shape and dtype. A value in half precision
-            is computed in fp32 and rounded once.
+        adapted: A function that returns the adapted value of the parameter, in its shape and dtype. A value
+            in half precision is computed in fp32 and rounded once.
         rank: An upper bound of the rank of the change, as a matrix [outputs, everything else]. None if the
             method guarantees none.
         tied: True if the adapter changes every module that shares the parameter, and not one of them alone.
@@ -75,7 +75,7 @@ class Layer:
         tensors: Its tensors, by role: the end of the key.
         keys: Keys in the file, by role.
         config: ``adapter_config.json``. Empty for a single file.
-        shared: Tensors of all layers, by role.
+        shared: Tensors that all layers share, by role.
     """
 
     source: Path
@@ -89,14 +89,14 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight. Quantized layers tell theirs only by their numbers of features."""
+        """The shape of the weight. For a quantized layer, it follows from the numbers of features."""
         if not is_conv1d(self.module) and hasattr(self.module, "in_features"):
             return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
         return tuple(self.module.get_parameter("weight").shape)
 
     @property
     def features(self) -> tuple[int, int]:
-        """Numbers of output and input features of a linear layer, for any order of its weight."""
+        """Numbers of output and input features of a linear layer, for either layout of its weight."""
         self.check_dims(2)
         first, last = self.shape
         return (last, first) if is_conv1d(self.module) else (first, last)
@@ -156,7 +156,7 @@ class Layer:
         Args:
             role: Its role.
             sizes: Sizes of its dimensions, None for any size. Without sizes, any shape is right.
-            shared: True for a tensor of all layers. Its sizes are lower bounds.
+            shared: True for a tensor that all layers share. Its sizes are lower bounds.
 
         Raises:
             CheckpointError: If the tensor is missing, has another shape, or is not of finite floating-point
@@ -219,7 +219,7 @@ class Layer:
         """Return the change of a parameter of the layer.
 
         Args:
-            adapted: Returns the adapted value of a parameter in fp32 or fp64.
+            adapted: A function that returns the adapted value of a parameter in fp32 or fp64.
             rank: A bound of the rank of the change.
             leaf: Name of the parameter in the module.
 
@@ -244,8 +244,8 @@ class Layer:
         """Return the change that adds a matrix or kernel to the weight.
 
         Args:
-            delta: Returns the addition in fp64, in the order [out, in, *kernel]. It may have any shape with
-                as many elements.
+            delta: A function that returns the addition in fp64, in the order [out, in, *kernel]. It may have
+                any shape with as many elements.
             rank: A bound of its rank.
         """
         transposed = is_conv1d(self.module)
@@ -270,7 +270,7 @@ _KINDS: Final = {
 class Method:
     """A method of adapting a model, as the change that it makes to parameters.
 
-    Instances are listed in the ``METHODS`` of their file, where they are found.
+    An instance is registered by the ``METHODS`` of its file.
 
     Attributes:
         name: Name for messages.
@@ -279,7 +279,7 @@ class Method:
         in_files: True if files of LyCORIS, kohya or ComfyUI hold such layers.
         roles: Ends of the keys of a layer's tensors.
         scaled: True if files have an alpha for each layer.
-        shared: Roles of tensors of all layers together, in a folder.
+        shared: Roles of tensors that all layers share, in a folder.
         ties: True if PEFT ties the adapter of the input embedding to modules that share its weight, in a
             model that declares this.
     """
@@ -300,11 +300,11 @@ class Method:
     def derive_shared(
         self, layers: Sequence[Layer], shared: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
-        """Return the tensors of all layers, with those that PEFT computes when it loads a folder.
+        """Return the tensors that all layers share, with those that PEFT computes when it loads a folder.
 
         Args:
             layers: All layers, in the order of the model.
-            shared: Tensors of all layers in the file, by role.
+            shared: Tensors in the file that all layers share, by role.
         """
         return shared
 

@@ -36,7 +36,7 @@ class Hra(Method):
 
 
 def _units(directions: Tensor, orthogonal: bool) -> list[Tensor]:
-    """Return the directions with length 1, each of them orthogonal to those before if asked for."""
+    """Return the directions with length 1; if ``orthogonal``, each is made orthogonal to the earlier ones."""
     units: list[Tensor] = []
     for column in directions.unbind(1):
         direction = column

@@ -77,7 +77,7 @@ class LycorisIa3(Method):
     roles = ("on_input", "weight")
 
     def is_file_layer(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return True if there is a mark for inputs: ``weight`` alone says nothing."""
+        """Return True if there is an ``on_input``: ``weight`` alone does not identify the method."""
         return "on_input" in tensors
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:

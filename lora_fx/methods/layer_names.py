@@ -68,7 +68,7 @@ def check_part(component: str) -> None:
     """Raise if there is no such part of a pipeline.
 
     Raises:
-        ConfigError: The message lists the parts.
+        ConfigError: If there is no such part. The message lists the parts.
     """
     if component not in tuple(PARTS):
         raise ConfigError(f"component={component!r}: it is one of {', '.join(map(repr, PARTS))}")

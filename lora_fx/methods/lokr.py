@@ -39,7 +39,8 @@ class LoKr(Method):
         first, rank_of_first, r = _first(layer)
         second, rank_of_second, of_second = _second(layer, first.shape)
         scale = layer.scale(r if of_second is None else of_second)
-        # PEFT leaves out the kernel's axis of a 1d convolution here, so that the product is of other axes.
+        # For a 1d convolution, PEFT adds no kernel axis to W1, so that its Kronecker product pairs other
+        # axes.
         crossed = bool(layer.config) and second.dim() == 3
 
         def delta() -> Tensor:

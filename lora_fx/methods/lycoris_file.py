@@ -54,7 +54,8 @@ def check_is_lora(path: Path, tensors: Mapping[str, Tensor], methods: Sequence[M
         methods: The methods of files.
 
     Raises:
-        CheckpointError: The message names the tensor, its method, and the converter.
+        CheckpointError: If there is such a layer. The message names the tensor, its method, and the
+            converter.
     """
     layers, _ = _group(path, tensors, methods)
     for key, method in _beyond_lora(layers.values(), methods):
@@ -180,7 +181,7 @@ def _check_alpha(layer: Layer, metadata: Mapping[str, str]) -> None:
 def _group(
     path: Path, tensors: Mapping[str, Tensor], methods: Sequence[Method]
 ) -> tuple[dict[str, _Tensors], list[str]]:
-    """Return the tensors by role for each layer in a file, and those that no method knows."""
+    """Return the tensors by role for each layer in a file, and the tensors that no method knows."""
     ends = sorted({role for method in methods for role in method.roles}, key=len, reverse=True)
     layers: dict[str, _Tensors] = defaultdict(dict)
     unknown = []
@@ -248,7 +249,7 @@ def _changes(layer: Layer, methods: Sequence[Method]) -> Iterator[ParameterChang
 
 
 def _with_magnitudes(layer: Layer, change: ParameterChange) -> ParameterChange:
-    """Return a change whose result has these norms, for each output or each input."""
+    """Return a change whose result has the magnitudes as norms, for each output or each input."""
     role = "dora_scale" if "dora_scale" in layer.tensors else "magnitude"
     magnitudes = layer.take(role)
     out, inputs, *kernel = layer.shape

@@ -1,7 +1,7 @@
 """MiSS (Kang and Yin 2025, arXiv:2409.15371) and its former name Bone, in PEFT.
 
-The columns of W are added a vector that depends on their index modulo r: ``W[:, j] + B[j mod r]``. In the
-mode "bat" it is ``W + W ⊙ B + B``, with a product of blocks [r, r].
+Each column of W gets a vector added that depends on the column's index modulo r: ``W[:, j] + B[j mod r]``. In
+the mode "bat" it is ``W + W ⊙ B + B``, with a product of blocks [r, r].
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def _by_blocks(layer: Layer, block: Tensor) -> ParameterChange:
 
     def adapted(weight: Tensor) -> Tensor:
         added = block.to(weight)
-        # [rows, r, columns, r]: PEFT multiplies the columns of a block, for each of its rows of blocks.
+        # [blocks of columns, blocks of rows, r, r]: each block of W is multiplied by the B of its block of
+        # rows.
         blocks = weight.reshape(out // size, size, inputs // size, size).permute(2, 0, 1, 3)
         change = blocks @ added + added
         return weight + change.permute(1, 2, 0, 3).reshape(weight.shape)

@@ -119,7 +119,7 @@ class _Rotations:
     def _series(self, skew: Tensor) -> Tensor:
         """Return the first terms of ``(I + S)(I - S)⁻¹ = I + 2S + 2S² + …``.
 
-        PEFT 0.18 halved the last term. If three terms are asked for, it writes four.
+        Since version 0.18 PEFT halves the last term, and computes four terms if three are asked for.
         """
         last = self.terms - 1
         if not self.old_series and self.terms > 2:
@@ -172,7 +172,7 @@ class LycorisOft(Method):
 
 
 def limit_of(layer: Layer) -> float:
-    """Return the largest norm of all blocks together; 0 for no limit."""
+    """Return the upper bound of the norm of all blocks together; 0 for no bound."""
     return float(layer.tensors["alpha"].max()) * layer.shape[0] if "alpha" in layer.tensors else 0.0
 
 

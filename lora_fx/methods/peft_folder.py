@@ -43,8 +43,8 @@ def read_peft_folder(
         config: Values of ``adapter_config.json``.
 
     Raises:
-        CheckpointError: If the files are damaged, or for another model. All tensors that the model has no
-            place for are named.
+        CheckpointError: If the files are damaged, or for another model. The message names all tensors that
+            fit no layer of the model.
     """
     modules = dict(base_modules(model, every_name=True))
     tensors = _sort_tensors(folder, model, method, modules)

@@ -19,7 +19,7 @@ class Projected(Method):
     def derive_shared(
         self, layers: Sequence[Layer], shared: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
-        """Return the matrices of the file, or, if it has none, those of the seed in the configuration."""
+        """Return the matrices of the file or, if it has none, draw them with the configured seed."""
         layer = layers[0]
         if shared or layer.setting("save_projection", bool, True):
             return shared
@@ -40,7 +40,7 @@ class Projected(Method):
             layer: The first layer, for settings.
             rank: r.
             largest: The largest numbers of outputs and of inputs of any layer.
-            generator: The generator of the seed.
+            generator: The random generator, with the seed set.
         """
 
 

@@ -1,7 +1,7 @@
 """RandLoRA (Albert et al. 2025, arXiv:2502.00987): sums of scaled random bases, of full rank, in PEFT.
 
-``W + s · Σⱼ Bⱼ diag(λⱼ) A diag(γⱼ)``. The bases A and B are the same for all layers. A has the smaller of a
-layer's numbers of inputs and outputs.
+``W + s · Σⱼ Bⱼ diag(λⱼ) A diag(γⱼ)``. The bases A and B are the same for all layers. A has as many columns as
+the smaller of a layer's numbers of inputs and outputs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class RandLora(Projected):
         def delta() -> Tensor:
             left = b[:large, :count].double().flatten(1)
             right = scales.double()[..., None] * a[:, :, :small].double() * gamma.double()
-            # PEFT orders the columns of B by base and rank, and the rows of A by rank and base.
+            # As in PEFT, the columns of B are ordered by base, then rank, but the rows of A by rank, then
+            # base.
             product = left @ right.flatten(0, 1) * scale
             return product if small == inputs else product.T
 

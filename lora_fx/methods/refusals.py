@@ -49,7 +49,7 @@ _MERGE: Final = (
 
 
 def refusal(peft_type: str, methods: Mapping[str, Method]) -> str | None:
-    """Return the reason why a folder is not loaded as LoRA; None if it is LoRA, or of a kind of lora_fx.
+    """Return the reason why a folder cannot be loaded as LoRA; None if it can, as LoRA or a kind of lora_fx.
 
     Args:
         peft_type: ``peft_type`` of its configuration.
