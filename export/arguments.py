@@ -68,7 +68,7 @@ class Arguments:
         kwargs: dict[str, Any] = {}
         if isinstance(example_inputs, Mapping):
             kwargs = {
-                str(key): _hollow(value, str(key), named_tensors, baked)
+                str(key): _without_tensors(value, str(key), named_tensors, baked)
                 for key, value in example_inputs.items()
             }
             if kwargs.get("use_cache"):
@@ -77,7 +77,9 @@ class Arguments:
             positional = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
             names = _parameter_names(model, len(positional))
             pairs = zip(positional, names, strict=True)
-            args = tuple(_hollow(value, name, named_tensors, baked) for value, name in pairs)
+            args = tuple(
+                _without_tensors(value, name, named_tensors, baked) for value, name in pairs
+            )
         else:
             raise ExportError(
                 f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of "
@@ -90,8 +92,8 @@ class Arguments:
 
     def fill(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return positional and keyword arguments with ``tensors`` in the slots."""
-        args = tuple(_refill(value, tensors) for value in self.args)
-        return args, {key: _refill(value, tensors) for key, value in self.kwargs.items()}
+        args = tuple(_with_tensors(value, tensors) for value in self.args)
+        return args, {key: _with_tensors(value, tensors) for key, value in self.kwargs.items()}
 
     def replace(self, tensors: Sequence[Tensor]) -> Arguments:
         """Return the same call with other tensors."""
@@ -218,7 +220,7 @@ def _parameter_names(model: nn.Module, count: int) -> list[str]:
     return names[:count]
 
 
-def _hollow(
+def _without_tensors(
     value: Any, name: str, named_tensors: list[tuple[str, Tensor]], baked: dict[str, str]
 ) -> Any:
     if isinstance(value, Tensor):
@@ -226,11 +228,12 @@ def _hollow(
         return _Slot(len(named_tensors) - 1)
     if isinstance(value, Mapping):
         return {
-            key: _hollow(item, f"{name}.{key}", named_tensors, baked) for key, item in value.items()
+            key: _without_tensors(item, f"{name}.{key}", named_tensors, baked)
+            for key, item in value.items()
         }
     if isinstance(value, (tuple, list)):
         items = [
-            _hollow(item, f"{name}_{index}", named_tensors, baked)
+            _without_tensors(item, f"{name}_{index}", named_tensors, baked)
             for index, item in enumerate(value)
         ]
         if hasattr(value, "_fields"):
@@ -241,13 +244,13 @@ def _hollow(
     return value
 
 
-def _refill(value: Any, tensors: Sequence[Tensor]) -> Any:
+def _with_tensors(value: Any, tensors: Sequence[Tensor]) -> Any:
     if isinstance(value, _Slot):
         return tensors[value.index]
     if isinstance(value, dict):
-        return {key: _refill(item, tensors) for key, item in value.items()}
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        items = [_refill(item, tensors) for item in value]
+        items = [_with_tensors(item, tensors) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 

@@ -295,7 +295,7 @@ class Decoder:
             self._mask[:, : mask.shape[1]] = mask
         self._past = 0
         self._entries = [_Entry.of(port) for port in cached if _CROSS not in port.name]
-        self._cache = self._made(batch, length)
+        self._cache = self._new_cache(batch, length)
         # The adapter stays the same for the whole text, even if another is loaded under its name meanwhile.
         self._held = session._hold(adapter)
         self._binding = session._binding(self._held, batch)
@@ -304,7 +304,7 @@ class Decoder:
             self._fixed = self._encoded(session.encoder, source, copies)
         for name, value in self._fixed.items():
             self._binding.bind_ortvalue_input(name, value)
-        self._given: dict[str, Tensor] = {}  # a binding does not own memory
+        self._inputs: dict[str, Tensor] = {}  # a binding does not own memory
         # A CPU session reads bound memory at each run, so new tokens can be written into it. For other
         # devices, the memory is copied when it is bound.
         self._rereads = session._cache_place == ort.CPU
@@ -329,7 +329,7 @@ class Decoder:
         # Each step reads all weights, which empties the CPU's caches. A call of PyTorch or of a binding then
         # costs about ten microseconds, so there are as few as possible here.
         if self._rereads and new == self._new:
-            self._given["input_ids"].copy_(ids)
+            self._inputs["input_ids"].copy_(ids)
         else:
             self._bind("input_ids", ids.to(self._dtype("input_ids"), copy=True))
         if self._mask is not None:
@@ -354,7 +354,7 @@ class Decoder:
         """Drop the cache. The next step has to read the whole text."""
         self._past = 0
 
-    def _made(self, batch: int, length: int) -> _BufferCache | _ReturnedCache:
+    def _new_cache(self, batch: int, length: int) -> _BufferCache | _ReturnedCache:
         cache_place = self._session._cache_place
         entries, runtime = self._entries, self._session._runtime
         if isinstance(cache_place, Place):
@@ -369,16 +369,16 @@ class Decoder:
 
     def _bind(self, name: str, value: Tensor) -> None:
         value = value.contiguous()
-        self._given[name] = value
+        self._inputs[name] = value
         element = ort.element_named(self._ports[name].dtype)
         self._binding.bind_input(name, "cpu", 0, element, list(value.shape), value.data_ptr())
 
     def _shapes(self) -> dict[str, list[int]]:
         """Return the shapes of the inputs of this step by name."""
-        batch = len(self._given["input_ids"])
+        batch = len(self._inputs["input_ids"])
         return {
             **{name: value.shape() for name, value in self._fixed.items()},
-            **{name: list(value.shape) for name, value in self._given.items()},
+            **{name: list(value.shape) for name, value in self._inputs.items()},
             **{entry.past.name: entry.shape(batch, self._past) for entry in self._entries},
         }
 

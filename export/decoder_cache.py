@@ -148,7 +148,7 @@ ENCODER_KEY = "lora_fx.encoder"
 # Names of the largest number of positions in configurations of decoders.
 _LIMITS = ("max_target_positions", "max_position_embeddings", "n_positions", "max_seq_len")
 
-_READING_ANEW = ("phi3", "phimoe", "phi4_multimodal")
+_DROPS_CACHE = ("phi3", "phimoe", "phi4_multimodal")
 
 
 def generation_metadata(model: nn.Module, task: str) -> dict[str, str]:
@@ -160,12 +160,12 @@ def generation_metadata(model: nn.Module, task: str) -> dict[str, str]:
     ``reads_anew_after`` is the length beyond which a cache cannot be used any more, or null.
     """
     config: Any = model.config
-    freely = config.model_type == "whisper" or "donut" in type(model).__name__.lower()
+    takes_any_prompt = config.model_type == "whisper" or "donut" in type(model).__name__.lower()
     remembered = {
         "defaults": _defaults(model),
         "limit": position_limit(model),
-        "prepends_start": not freely,
-        "reads_anew_after": _reads_anew_after(model),
+        "prepends_start": not takes_any_prompt,
+        "reads_anew_after": _cache_limit(model),
     }
     return {TASK_KEY: task, GENERATION_KEY: json.dumps(remembered, sort_keys=True)}
 
@@ -183,7 +183,7 @@ def position_limit(model: nn.Module) -> int | None:
     return None
 
 
-def _reads_anew_after(model: nn.Module) -> int | None:
+def _cache_limit(model: nn.Module) -> int | None:
     """Return the length at which transformers drops a cache, or None.
 
     Models with LongRoPE (arXiv 2402.13753) use other rotary frequencies beyond this length, which do not
@@ -193,7 +193,7 @@ def _reads_anew_after(model: nn.Module) -> int | None:
     config: Any = model.config
     decoder = config.get_text_config(decoder=True)
     rope = getattr(decoder, "rope_parameters", None) or {}
-    if config.model_type not in _READING_ANEW or rope.get("rope_type") != "longrope":
+    if config.model_type not in _DROPS_CACHE or rope.get("rope_type") != "longrope":
         return None
     length: int = decoder.original_max_position_embeddings
     return length

@@ -20,16 +20,16 @@ from lora_fx import torch_private
 from lora_fx.passes.capture import Listener
 
 __all__ = [
+    "SizeRecord",
     "SourceLocation",
-    "Witness",
     "headline",
     "here",
     "inner_module",
+    "join_failures",
     "place_of",
     "reason_of_failure",
-    "together",
+    "record_sizes",
     "user_line",
-    "watched",
 ]
 
 
@@ -122,7 +122,7 @@ def _op_name(target: Any) -> str:
     return str(getattr(target, "__name__", target or ""))
 
 
-class Witness:
+class SizeRecord:
     """Record of the size symbols that torch.export replaced while it traced a model."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -172,9 +172,9 @@ class Witness:
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[Witness]:
+def record_sizes(model: nn.Module) -> Iterator[SizeRecord]:
     """Record the replaced size symbols of traces that begin inside the block."""
-    witness = Witness(model)
+    witness = SizeRecord(model)
     original = getattr(ShapeEnv, torch_private.REPLACEMENT_METHOD)
 
     def replace(env: ShapeEnv, symbol: Any, value: Any, message: str) -> None:
@@ -200,7 +200,7 @@ def headline(error: Exception) -> str:
 
 
 def reason_of_failure(
-    error: Exception, witness: Witness, names: Sequence[str], tensors: Sequence[Tensor]
+    error: Exception, witness: SizeRecord, names: Sequence[str], tensors: Sequence[Tensor]
 ) -> str:
     """Return the reason why a trace failed.
 
@@ -225,7 +225,7 @@ def reason_of_failure(
 
 
 def _fixed(
-    index: int, axis: int, witness: Witness, names: Sequence[str], tensors: Sequence[Tensor]
+    index: int, axis: int, witness: SizeRecord, names: Sequence[str], tensors: Sequence[Tensor]
 ) -> str:
     location = witness.place_of(f"L['tensors'][{index}].size()[{axis}]")
     because = "" if location is None else f": {location}"
@@ -235,7 +235,7 @@ def _fixed(
     )
 
 
-def together(failures: Iterable[str]) -> str:
+def join_failures(failures: Iterable[str]) -> str:
     """Join failures of the form ``attempt: reason``, with equal reasons once."""
     ways: dict[str, list[str]] = {}
     for failure in failures:

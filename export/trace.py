@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from lora_fx import torch_private
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
-from lora_fx.export.failures import Witness, here, reason_of_failure, together, watched
+from lora_fx.export.failures import SizeRecord, here, join_failures, reason_of_failure, record_sizes
 from lora_fx.passes.capture import Listener
 from lora_fx.torch_private import pytree
 
@@ -355,7 +355,7 @@ def trace(
         try:
             with (
                 torch.no_grad(),
-                watched(model.model) as witness,
+                record_sizes(model.model) as witness,
                 _FiniteValues(model.model) as values,
                 # A user who names an axis accepts the time that it takes.
                 _ShortFormulas(_LONGEST if dynamic_shapes is None else None),
@@ -380,14 +380,16 @@ def trace(
             last = error
             continue
         if len(failures) > len(failed):  # the caller has already logged the earlier ones
-            _log.warning("export with fewer dynamic axes: %s", together(failures[len(failed) :]))
+            _log.warning(
+                "export with fewer dynamic axes: %s", join_failures(failures[len(failed) :])
+            )
         reason_of = partial(_reason, failures, witness, task)
         result = _read(program, arguments, specs, labels, extras, reason_of)
         return dataclasses.replace(
             result, description=description, attempt=attempt, finite=tuple(values.places)
         )
     raise ExportError(
-        f"torch.export cannot capture {type(model.model).__name__} ({together(failures)})"
+        f"torch.export cannot capture {type(model.model).__name__} ({join_failures(failures)})"
     ) from last
 
 
@@ -513,7 +515,7 @@ def _attempts(
 
 
 def _reason(
-    failures: Sequence[str], witness: Witness, task: bool, size: int, dim: Any, spec: object
+    failures: Sequence[str], witness: SizeRecord, task: bool, size: int, dim: Any, spec: object
 ) -> str:
     """Return the reason why an axis is fixed.
 
@@ -532,7 +534,7 @@ def _reason(
         because = "" if location is None else f": {location}"
         return f"the model works with size {size} only{because}"
     if failures:
-        return f"the export failed {together(failures)}"
+        return f"the export failed {join_failures(failures)}"
     return "not one that the task varies" if task else "not in dynamic_shapes"
 
 

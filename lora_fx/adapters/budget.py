@@ -130,7 +130,7 @@ def allot_ranks(
     limit, unit = budget_of(budget)
     _check(plan, model, batches)
     sites = [_Site.of(model, row, plan.config, unit) for row in plan.sites if not row.tied]
-    fixed = _other(plan, model, unit)
+    fixed = _fixed_cost(plan, model, unit)
     least = fixed + sum(site.cost_of(site.step) for site in sites)
     if limit < least:
         raise ConfigError(
@@ -254,7 +254,7 @@ def _bytes_each(model: nn.Module, site: Site) -> int:
     return adapter_dtype(base_parameters(model)[site.weight]).itemsize
 
 
-def _other(plan: Plan, model: nn.Module, unit: Unit) -> int:
+def _fixed_cost(plan: Plan, model: nn.Module, unit: Unit) -> int:
     """Return the cost of everything that the adapter trains besides the sites."""
     if unit == "parameters":
         return plan.extra_parameters + sum(row.parameters for row in plan.tokens)

@@ -493,7 +493,9 @@ def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) ->
         factors = factors_of(model, row, adapter_name)
         if kind_of(row).low_rank and not row.tied:
             reads = kind_of(row).starts_from_weight
-            weight = gathered(base_weight(model, row.site)) if reads else _stand_in(model, row.site)
+            weight = (
+                gathered(base_weight(model, row.site)) if reads else _empty_weight(model, row.site)
+            )
             begun = initial_start(row, weight, entry.config)
             write(factors.a, begun.a)
             write(factors.b, begun.b)
@@ -507,7 +509,7 @@ def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) ->
             write(factors.slots[slot.name], slot_start(row, slot, weight, pair, entry.config))
 
 
-def _stand_in(model: nn.Module, site: Site) -> torch.Tensor:
+def _empty_weight(model: nn.Module, site: Site) -> torch.Tensor:
     """Return an empty tensor with a weight's shape, dtype and device, for starts that ignore the values."""
     device = weight_at(model, site.weight).device
     return torch.empty((), dtype=base_dtype(model, site), device=device).expand(site.weight_shape)
@@ -545,7 +547,7 @@ def _check(model: nn.Module, entry: AdapterRecord, adapter_name: str, loss_fn: o
 
 def _from_components(model: nn.Module, entry: AdapterRecord, adapter_name: str, data: Data) -> None:
     components = _components(model, entry, data)
-    rows = tuple(_shared_out(model, entry, components))
+    rows = tuple(_sites_with_rank(model, entry, components))
     ranks = {row.name: row.rank for row in rows}
     config = with_patterns(entry.config, by_site(rows))
 
@@ -560,8 +562,8 @@ def _from_components(model: nn.Module, entry: AdapterRecord, adapter_name: str, 
             drop_site(model, row, adapter_name)
 
 
-def _shared_out(
-    model: nn.Module, entry: AdapterRecord, components: Mapping[str, _Found]
+def _sites_with_rank(
+    model: nn.Module, entry: AdapterRecord, components: Mapping[str, _SiteStart]
 ) -> Iterator[PlannedSite]:
     """Yield the sites with a rank above 0.
 
@@ -693,7 +695,7 @@ class Components:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class _SiteStart:
     """The rank and the starting A of a site.
 
     Attributes:
@@ -705,7 +707,7 @@ class _Found:
     a: torch.Tensor
 
 
-def _components(model: nn.Module, entry: AdapterRecord, data: Data) -> dict[str, _Found]:
+def _components(model: nn.Module, entry: AdapterRecord, data: Data) -> dict[str, _SiteStart]:
     """Return the rank and A of each site.
 
     Args:
@@ -829,7 +831,7 @@ class _Search:
             shares = {name: components.shares for name, components in self._found.items()}
             self._given = _ranks_by_share(shares, self._same, self._ranks)
 
-    def result(self) -> dict[str, _Found]:
+    def result(self) -> dict[str, _SiteStart]:
         """Return the rank and A of each site."""
         for name in self.lacking:
             raise ConfigError(
@@ -844,13 +846,13 @@ class _Search:
             )
         return {name: self._of(name) for name in self._ranks}
 
-    def _of(self, name: str) -> _Found:
+    def _of(self, name: str) -> _SiteStart:
         components, rank = self._found[self._same[name]], self._given[name]
         assert components.directions is not None
         a = components.directions[:rank]
         if self._options["whiten"]:
             a = a / components.values[:rank, None].sqrt()
-        return _Found(rank, a)
+        return _SiteStart(rank, a)
 
 
 def _ranks_by_share(

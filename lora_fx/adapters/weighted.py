@@ -257,19 +257,19 @@ def combine(
             ranks differ although the method needs equal ranks, or the groups do not divide the rank. If there
             is a driver for tensors that are not on CUDA.
     """
-    for objection in _way_objections(terms, how, groups, int(experts)):
+    for objection in _method_objections(terms, how, groups, int(experts)):
         raise ConfigError(f"{where}: {objection}" if where else objection)
     if experts:
         pairs = [(term.a, term.b) for term in terms]
     else:
         pairs = [(_by_group(t.a, groups), _by_group(t.b, groups)) for t in terms]
     if how.kind == "cat":
-        a, b = _side_by_side(terms, pairs)
+        a, b = _concatenated(terms, pairs)
     elif how.by_product:
         rank = how.svd_rank or max(a.shape[1] for a, _ in pairs) * groups
         a, b = _from_products(terms, pairs, how, rank // groups, layout, generator)
     else:
-        a, b = _one_by_one(terms, pairs, how, generator)
+        a, b = _by_factors(terms, pairs, how, generator)
     if experts:
         return a, b
     like = terms[0]
@@ -287,7 +287,7 @@ def _by_group(factor: torch.Tensor, groups: int) -> torch.Tensor:
     return factor.reshape(groups, factor.shape[0] // groups, -1)
 
 
-def _way_objections(
+def _method_objections(
     terms: Sequence[Term], how: Combination, groups: int, axis: int
 ) -> Iterator[str]:
     """Yield the reasons why the adapters cannot be combined with this method."""
@@ -324,13 +324,13 @@ def _without_rank(term: Term, axis: int) -> tuple[tuple[int, ...], tuple[int, ..
     return tuple(a), tuple(b)
 
 
-def _side_by_side(terms: Sequence[Term], pairs: Sequence[_Pair]) -> _Pair:
+def _concatenated(terms: Sequence[Term], pairs: Sequence[_Pair]) -> _Pair:
     """Return ``[A₁; A₂]`` and ``[B₁ B₂]``; weight and scale go into A."""
     a = [a * (t.weight * t.scale) for (a, _), t in zip(pairs, terms, strict=True)]
     return torch.cat(a, 1), torch.cat([b for _, b in pairs], 2)
 
 
-def _one_by_one(
+def _by_factors(
     terms: Sequence[Term],
     pairs: Sequence[_Pair],
     how: Combination,
@@ -355,7 +355,7 @@ def _from_products(
     """Return the closest product of a rank, by the SVD of the combined changes."""
     rank = min(rank, pairs[0][0].shape[2], pairs[0][1].shape[1])
     if how.kind == "svd" and how.svd_clamp is None and rank <= sum(a.shape[1] for a, _ in pairs):
-        return _closest_to_sum(*_side_by_side(terms, pairs), rank)
+        return _closest_to_sum(*_concatenated(terms, pairs), rank)
     deltas = [(b @ a) * t.scale for (a, b), t in zip(pairs, terms, strict=True)]
     stored = [delta.mT for delta in deltas] if layout == "in_out" else deltas
     mixed = _mixed(stored, [term.weight for term in terms], how, generator)

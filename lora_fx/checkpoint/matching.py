@@ -115,7 +115,7 @@ def match_names(old: Iterable[Named], new: Iterable[Named]) -> Matched:
     pairs: dict[_Family, tuple[_Family, float]] = {}
     candidates = {family: [other for other in news if other.takes(family)] for family in olds}
     rules: set[tuple[str, str]] = set()
-    skipped = _shared([family.pattern.split(".")[:-1] for family in olds])
+    skipped = _common_beginning([family.pattern.split(".")[:-1] for family in olds])
     while True:
         settled = _settle(candidates, rules, skipped)
         for family, other, score in settled:
@@ -187,7 +187,7 @@ def _only_best(scores: Mapping[_Family, float]) -> _Family | None:
     return best[0] if len(best) == 1 else None
 
 
-def _shared(names: Sequence[list[str]]) -> int:
+def _common_beginning(names: Sequence[list[str]]) -> int:
     """Return the number of first parts that all names have in common."""
     first, last = min(names, default=[]), max(names, default=[])
     return next(

@@ -90,11 +90,11 @@ class Matrices:
             expert: The matrix of a stack.
         """
         if name in self.parameters:
-            return _own(name, self.parameters[name], expert)
+            return _of_parameter(name, self.parameters[name], expert)
         group = None if self._former is None else self._former.groups.get(name)
         if group is None:
             return None
-        return self._of(group).get(_numbered(name, expert))
+        return self._of_group(group).get(_numbered(name, expert))
 
     def orientation(self, parameter: str) -> bool:
         """Return True if the last two dimensions of a parameter are [in, out] for PEFT."""
@@ -114,15 +114,15 @@ class Matrices:
         if self._former is not None:
             for group in dict.fromkeys(self._former.groups.values()):
                 converted.update(group.names)
-                yield from self._of(group).values()
+                yield from self._of_group(group).values()
         for name, shape in self.parameters.items():
             if len(shape) == 3 and name not in converted:
                 owner, _, leaf = name.rpartition(".")
                 for expert in range(shape[0]):
-                    matrix = _own(name, shape, expert)
+                    matrix = _of_parameter(name, shape, expert)
                     yield dataclasses.replace(matrix, name=f"{owner}.{expert}.{leaf}")
             else:
-                yield _own(name, shape, None)
+                yield _of_parameter(name, shape, None)
         for site in sites:
             yield from _parts(site)
 
@@ -144,12 +144,12 @@ class Matrices:
         if group is not None:
             return [
                 matrix
-                for matrix in self._of(group).values()
+                for matrix in self._of_group(group).values()
                 if {block.parameter for block in matrix.blocks} == {parameter}
             ]
         return [matrix for site in sites if site.weight == parameter for matrix in _parts(site)]
 
-    def _of(self, group: ConvertedGroup) -> Mapping[str, Matrix]:
+    def _of_group(self, group: ConvertedGroup) -> Mapping[str, Matrix]:
         """Return the matrices of the tensors that transformers converts a group of parameters to, by name."""
         if group in self._by_group:
             return self._by_group[group]
@@ -180,7 +180,7 @@ def _numbered(name: str, expert: int | None) -> str:
     return name if expert is None else f"{name}[{expert}]"
 
 
-def _own(name: str, shape: tuple[int, ...], expert: int | None) -> Matrix:
+def _of_parameter(name: str, shape: tuple[int, ...], expert: int | None) -> Matrix:
     """Return the matrix of a parameter, or of one matrix in a stack."""
     if len(shape) == 2 or (len(shape) == 3 and expert is not None):
         first, last = (torch.arange(size) for size in shape[-2:])
@@ -229,7 +229,8 @@ def _traced(
     lines: dict[str, list[list[_Line | None]]] = {name: [] for name in parts}
     for axis in (None, -3, -2, -1):
         values = {
-            name: _along(shapes[name], axis, number) for number, name in enumerate(group.names)
+            name: _indices_along(shapes[name], axis, number)
+            for number, name in enumerate(group.names)
         }
         for name, grid in group.parts(values).items():
             matrices = grid if grid.dim() == 3 else grid[None] if grid.dim() == 2 else ()
@@ -243,7 +244,7 @@ def _traced(
     ]
 
 
-def _along(shape: tuple[int, ...], axis: int | None, number: int) -> Tensor:
+def _indices_along(shape: tuple[int, ...], axis: int | None, number: int) -> Tensor:
     """Return a tensor that holds for each value its index along a dimension, with 16 bits if they suffice.
 
     It is -1 if there is no such dimension. Without ``axis``, it holds ``number``.

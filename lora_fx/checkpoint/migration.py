@@ -278,7 +278,7 @@ class _Migrator:
             if self._fits(adapter):
                 self._keep(adapter)
             else:
-                open_items += self._known(adapter)
+                open_items += self._move_by_rules(adapter)
         open_raw = {name: value for name, value in raw.items() if not self._known_raw(name, value)}
         if open_items or open_raw:
             self._search(open_items, open_raw)
@@ -360,7 +360,7 @@ class _Migrator:
         if adapter.weight not in self.state:
             module = self.modules.get(adapter.weight.removesuffix(".weight"))
             return adapter.name != adapter.weight and module is not None and is_attention(module)
-        return self._like(adapter, adapter.weight) and not self._crossed(adapter, adapter.weight)
+        return self._like(adapter, adapter.weight) and not self._is_swapped(adapter, adapter.weight)
 
     def _like(self, adapter: _Adapter, parameter: str) -> bool:
         """Return True if an adapter is of the shape and the kind of a whole parameter."""
@@ -378,7 +378,7 @@ class _Migrator:
             return own[0] == shape[0] and own[2:] == shape[2:] and own[1] % shape[1] == 0
         return own == shape
 
-    def _crossed(self, adapter: _Adapter, parameter: str) -> bool:
+    def _is_swapped(self, adapter: _Adapter, parameter: str) -> bool:
         """Return True if A and B of a stack are swapped, compared with PEFT 0.20 and later.
 
         PEFT before 0.19 read every stack as [E, in, out]. PEFT 0.19 did so only if the module does not
@@ -391,9 +391,9 @@ class _Migrator:
         straight = shape[:0:-1] if turned else shape[1:]
         if straight[0] != straight[1]:
             return adapter.shape != straight
-        return self._crosses(turned)
+        return self._peft_swaps(turned)
 
-    def _crosses(self, turned: bool) -> bool:
+    def _peft_swaps(self, turned: bool) -> bool:
         """Return True if the PEFT that wrote the folder swaps A and B of stacks.
 
         ``turned`` is True for stacks [E, in, out].
@@ -415,7 +415,7 @@ class _Migrator:
         self.claimed.add(adapter.weight)
         self.moves.append(Move(adapter.name, adapter.name, "unchanged", "same name"))
 
-    def _known(self, adapter: _Adapter) -> list[_Item]:
+    def _move_by_rules(self, adapter: _Adapter) -> list[_Item]:
         """Move an adapter by the conversions of transformers. Return the matrices that they do not know."""
         if adapter.weight in self.state and self._like(adapter, adapter.weight):
             self._move_whole(adapter, adapter.weight, "same name", 1.0)
@@ -481,7 +481,7 @@ class _Migrator:
                 matrix.name,
                 None,
                 matrix.shape,
-                functools.partial(_taken, item.pick, block, turned),
+                functools.partial(_factors_of_block, item.pick, block, turned),
                 False,
             )
 
@@ -616,7 +616,7 @@ class _Migrator:
                 f"{adapter.name} and {self.wholes[parameter].name} are both {parameter} of the model"
             )
         change = "renamed" if adapter.weight != parameter else "unchanged"
-        if self._crossed(adapter, parameter):
+        if self._is_swapped(adapter, parameter):
             adapter = _turn(adapter, self.state[parameter][0])
             change = "A and B swapped" if change == "unchanged" else f"{change}, A and B swapped"
         self.wholes[parameter] = adapter
@@ -667,7 +667,7 @@ class _Migrator:
     def _is_turned(self, item: _Item) -> bool:
         """Return True if the stored factors of a square matrix are those of its transpose."""
         if item.expert is not None:
-            return self._crosses(turned=False)
+            return self._peft_swaps(turned=False)
         return bool(self.config.fan_in_fan_out)
 
     # --- the result -------------------------------------------------------------------------------
@@ -859,7 +859,7 @@ def _pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-def _taken(
+def _factors_of_block(
     pick: Callable[[], tuple[Tensor, Tensor]], block: Block, turned: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the factors of one block of an old parameter."""

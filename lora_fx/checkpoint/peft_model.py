@@ -343,7 +343,7 @@ class _Tuner(AroundModel):
         return unload(self._model)
 
 
-class _Inside(_Tuner, nn.Module):
+class _TunerModel(_Tuner, nn.Module):
     """The tuner, which PEFT calls the base model. It holds the model.
 
     Attributes:
@@ -426,7 +426,7 @@ class _Adapted(_Tuner):
                 "PeftModel.from_pretrained(model, folder)"
             )
         nn.Module.__init__(self)  # type: ignore[arg-type]  # it is a module by its other base
-        self.base_model = _Inside(model)
+        self.base_model = _TunerModel(model)
         self.peft_type = load_optional("peft", "a PeftModel", "peft", attribute="PeftType").LORA
         self._is_prompt_learning = False
         self.training = model.training
@@ -651,7 +651,7 @@ class _Adapted(_Tuner):
             for key, value in (state_dict or {}).items()
         }
         said = {
-            name: {field: getattr(config, field) for field in _SAID}
+            name: {field: getattr(config, field) for field in _DESCRIPTIVE}
             for name, config in self.peft_config.items()
         }
         origin = origin_of(self._model)
@@ -700,7 +700,7 @@ def _blank() -> Any:
 
 
 # Fields that describe an adapter and do not affect its outputs.
-_SAID = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
+_DESCRIPTIVE = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
 
 
 @inside

@@ -67,7 +67,7 @@ class Converted:
                 own_values.append((slot, value))
                 continue
             row, start, is_b = self.rows[slot.name]
-            own, other = _parted(row.site, value, is_b)
+            own, other = _split(row.site, value, is_b)
             own_values.append((slots[slot.key], own))
             if not torch.equal(other.to(start), start):
                 problems.append(
@@ -122,7 +122,7 @@ def _side_by_side(site: Site, new: torch.Tensor, old: torch.Tensor, is_b: bool) 
     return torch.cat(groups, 1).flatten(0, 1)
 
 
-def _parted(site: Site, whole: torch.Tensor, is_b: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _split(site: Site, whole: torch.Tensor, is_b: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Split a joined factor into the two factors that :func:`_side_by_side` concatenated."""
     if is_b or site.experts:
         first, last = whole.chunk(2, (2 if site.experts else 1) if is_b else 1)

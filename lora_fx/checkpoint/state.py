@@ -124,7 +124,7 @@ def saved_embeddings(
     """
     if how not in (True, False, "auto"):
         raise ConfigError(f"save_embedding_layers: found {how!r}; it is True, False or 'auto'")
-    ends = tuple(_ends(model))
+    ends = tuple(_embeddings_and_heads(model))
     holders = {row.site.owner for row in record.sites} & set(ends)
     adapted = [name for name in ends if name in holders and name.rpartition(".")[2] in _ADAPTED]
     chosen: Iterable[str] = ends if how else ()
@@ -252,7 +252,7 @@ def given_values(
         read: A function that returns the values of a weight that is on the meta device, or None if they are
             unknown.
     """
-    ends = {*_parameters(model, _ends(model)), *by_hand}
+    ends = {*_parameters(model, _embeddings_and_heads(model)), *by_hand}
     base = {**dict(base_parameters(model)), **require_record(model).originals}
     differing = {}
     for key, value in tensors.items():
@@ -326,7 +326,7 @@ def _with_values(weight: torch.Tensor, name: str, read: Read | None) -> torch.Te
     return weight if values is None else values
 
 
-def _ends(model: nn.Module) -> Iterator[str]:
+def _embeddings_and_heads(model: nn.Module) -> Iterator[str]:
     """Yield the FQNs of the input embedding and of the head of a transformers model."""
     ends = []
     for side in ("input", "output"):
@@ -591,7 +591,7 @@ def fitted(
     whole = converted(model, record, adapter, own)
     # The file has either the doubled ranks that `stored` writes, or the model's own ranks. In the second
     # case, the start was subtracted from the base.
-    with_start = bool(whole.rows) and _written_so(whole, layout, remaining)
+    with_start = bool(whole.rows) and _has_doubled_ranks(whole, layout, remaining)
     before, slots = record, dict(own)
     if with_start:
         record, slots = whole.record, dict(whole.slots)
@@ -625,7 +625,9 @@ def fitted(
     return values, problems
 
 
-def _written_so(whole: Converted, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> bool:
+def _has_doubled_ranks(
+    whole: Converted, layout: Layout, tensors: Mapping[str, torch.Tensor]
+) -> bool:
     """Return True if the factors have the ranks that :func:`stored` writes, and not those of the model."""
     shapes = {key: slot.shape for key, slot in whole.slots.items() if slot.name in whole.rows}
     for joined_target in joined_of(layout, whole.record):
@@ -796,7 +798,11 @@ def _to_peft(
         slots: The slots by key, relative to the original base.
         tensors: The stored tensors by key, changed in place.
     """
-    known = {slot.name: gathered(slot.tensor) for slot in slots.values()} if _any(record) else {}
+    known = (
+        {slot.name: gathered(slot.tensor) for slot in slots.values()}
+        if _has_grouped_magnitudes(record)
+        else {}
+    )
     ratios = dict(_ratios(model, record, adapter, known, whole=True))
     for key, value in tensors.items():
         if slots[key].name in ratios:
@@ -832,7 +838,7 @@ def _from_peft(
     ]
 
 
-def _any(record: AdapterRecord) -> bool:
+def _has_grouped_magnitudes(record: AdapterRecord) -> bool:
     return any(_is_grouped(row) for row in record.sites)
 
 

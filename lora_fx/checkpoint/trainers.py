@@ -603,7 +603,7 @@ class _ForLightning:
         self.alone = trainer.world_size == 1
         if self.hook is None:
             register: Any = pl_module.register_load_state_dict_post_hook
-            self.hook = register(_forgive_what_was_left_out)
+            self.hook = register(_drop_left_out_keys)
 
     def teardown(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
         if self.hook is not None:
@@ -721,6 +721,6 @@ def _left_out(module: nn.Module) -> set[str]:
     }
 
 
-def _forgive_what_was_left_out(module: nn.Module, keys: Any) -> None:
+def _drop_left_out_keys(module: nn.Module, keys: Any) -> None:
     left_out = _left_out(module)
     keys.missing_keys[:] = [name for name in keys.missing_keys if name not in left_out]

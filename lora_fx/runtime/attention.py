@@ -314,7 +314,7 @@ def attend_in_windows(
     scores = scores + position_bias
     padded, shifts = _geometry(like, window, shift)
     if any(shifts):
-        mask = _strangers(padded, window, shifts, like)
+        mask = _shift_mask(padded, window, shifts, like)
         scores = scores.view(count // mask.shape[0], mask.shape[0], heads, volume, volume)
         scores = (scores + mask.unsqueeze(1).unsqueeze(0)).view(-1, heads, volume, volume)
     weights = F.dropout(F.softmax(scores, dim=-1), p=dropout, training=training)
@@ -350,7 +350,7 @@ def _cut(x: Tensor, window: Sequence[int]) -> Tensor:
     return x.permute(0, *order, 2 * axes + 1).reshape(total, math.prod(window), x.shape[-1])
 
 
-def _strangers(
+def _shift_mask(
     padded: Sequence[int], window: Sequence[int], shifts: Sequence[int], like: Tensor
 ) -> Tensor:
     """Return -100 for pairs of positions that are in a window only because of the cyclic shift, else 0.

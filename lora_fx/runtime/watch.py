@@ -90,7 +90,7 @@ CODE = "_lora_fx_code"
 STATE = "_lora_fx_watch"
 """Attribute of a module: the forms of its calls that were watched."""
 
-# Attributes of a watched class: the class that it was created from, and its _How.
+# Attributes of a watched class: the class that it was created from, and its _ClassSettings.
 _MADE = "_lora_fx_made_of"
 _HOW = "_lora_fx_how"
 # PEFT's methods that a rewritten model has, and the functions that they call.
@@ -258,7 +258,7 @@ def arm(model: nn.Module) -> None:
         scoped = not fqn and record.loss == "chunked"
         whole = any(saving) or fqn in above or not _of_torch(module)
         weights = tuple(module.__dict__.get(CHANGES, ()))
-        _watch(module, _How(whole, scoped, weights, saving))
+        _watch(module, _ClassSettings(whole, scoped, weights, saving))
 
 
 def _of_torch(module: nn.Module) -> bool:
@@ -293,7 +293,7 @@ def places_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def is_scoped(model: nn.Module) -> bool:
     """Return True if the calls of this model are wrapped for ``loss="chunked"``."""
-    how: _How | None = inner_class(model).__dict__.get(_HOW)
+    how: _ClassSettings | None = inner_class(model).__dict__.get(_HOW)
     return how is not None and how.scoped
 
 
@@ -398,7 +398,7 @@ def entry(name: str, cls: type, method: str = "") -> Callable[..., Any]:
             tuple([v.shape for v in values if v.__class__ is torch.Tensor and not v.is_nested]),
         )
         if _now.active or key not in entries.done.known:
-            return _first(self, entries, key, function, args, kwargs)
+            return _run_new_form(self, entries, key, function, args, kwargs)
         return function(self, *args, **kwargs)
 
     # A compiler limits recompilations per code object, so each class gets its own.
@@ -406,7 +406,7 @@ def entry(name: str, cls: type, method: str = "") -> Callable[..., Any]:
     return functools.wraps(own)(watched)
 
 
-def _first(
+def _run_new_form(
     module: Any,
     entries: _Entries,
     key: tuple[tuple[Any, ...], tuple[Any, ...]],
@@ -450,17 +450,17 @@ def _first(
     return result
 
 
-_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _warn_of_waiting(model: nn.Module) -> None:
     """Warn, once per model, if an active adapter trains before its data-driven initialization has run."""
     record = record_of(model)
-    if record is None or model in _told:
+    if record is None or model in _warned:
         return
     for name in record.active:
         if not record.adapters[name].initialized:
-            _told.add(model)
+            _warned.add(model)
             start = record.adapters[name].config.init_lora_weights
             _log.warning(
                 "adapter %r is trained, and init_lora_weights=%r waits for data: call "
@@ -544,7 +544,7 @@ def _plain(value: Any) -> bool:
 # --- classes ------------------------------------------------------------------------------------------
 
 
-class _How(NamedTuple):
+class _ClassSettings(NamedTuple):
     """Settings of the class of a watched module.
 
     Attributes:
@@ -561,7 +561,7 @@ class _How(NamedTuple):
     saving: Saving = Saving()
 
 
-def watched_class(cls: type[nn.Module], how: _How) -> type[nn.Module]:
+def watched_class(cls: type[nn.Module], how: _ClassSettings) -> type[nn.Module]:
     """Create a subclass of a module's class whose calls are watched.
 
     Args:
@@ -625,11 +625,11 @@ class _PeftMethod:
         return functools.partial(pkgutil.resolve_name(_PEFT_METHODS[self._name]), model)
 
 
-def _watch(module: nn.Module, how: _How) -> None:
+def _watch(module: nn.Module, how: _ClassSettings) -> None:
     """Give a module a watched class, unless it has such a class already or cannot have one."""
     cls: Any = inner_class(module)
     if _MADE in cls.__dict__:
-        known: _How = cls.__dict__[_HOW]
+        known: _ClassSettings = cls.__dict__[_HOW]
         if known.whole >= how.whole and known[1:] == how[1:]:
             return
         cls = cls.__dict__[_MADE]
@@ -710,7 +710,7 @@ class _Watched(Hooked):
 
 def _remade(how: tuple[Any, ...], make: Callable[..., Any], *made_of: Any) -> Any:
     module = make(*made_of)
-    object.__setattr__(module, "__class__", watched_class(type(module), _How(*how)))
+    object.__setattr__(module, "__class__", watched_class(type(module), _ClassSettings(*how)))
     return module
 
 
@@ -834,7 +834,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         if self.paused:
             return func(*args, **kwargs)
         inputs = list(_tensors((*args, *kwargs.values()) if kwargs else args))
-        origins = [self._past(tensor) for tensor in inputs]
+        origins = [self._origins(tensor) for tensor in inputs]
         if not any(origins):
             return func(*args, **kwargs)
         kind, names = _kind(func), _NONE.union(*origins)
@@ -853,21 +853,21 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         # Results of comparisons, indices and empty tensors carry no values of a weight.
         if tensor.dtype not in (torch.bool, torch.int64):
             for part in _parts(tensor):
-                if part.numel() and not self._at(part):
+                if part.numel() and not self._overlapping(part):
                     storage = part.untyped_storage()
                     self._derived[storage] = names | self._derived.get(storage, _NONE)
 
-    def _past(self, tensor: torch.Tensor) -> frozenset[str]:
+    def _origins(self, tensor: torch.Tensor) -> frozenset[str]:
         """Return the names of the weights whose bytes a tensor shares, or that it was computed from."""
         names = _NONE
         for part in _parts(tensor):
             if part.device.type != "meta":
-                names |= self._at(part)
+                names |= self._overlapping(part)
                 if self._derived:
                     names |= self._derived.get(part.untyped_storage(), _NONE) & self._sites.keys()
         return names
 
-    def _at(self, tensor: torch.Tensor) -> frozenset[str]:
+    def _overlapping(self, tensor: torch.Tensor) -> frozenset[str]:
         """Return the names of the weights whose memory overlaps that of a tensor."""
         start = torch_private.data_address(tensor)
         stop = start + _span(tensor)

@@ -73,7 +73,7 @@ def test_blocks_are_what_a_conversion_moves(name: str) -> None:
     assert pattern is not None
     group = ConvertedGroup(model, target, back, patterns)
     matrices = Matrices(model)
-    own = matrices._of(group)
+    own = matrices._of_group(group)
     parts = group.parts(values)
     found = 0
     for key, exact in parts.items():

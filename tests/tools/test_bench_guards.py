@@ -50,7 +50,7 @@ def test_goals_of_guards_are_judged_by_the_worst_model_and_by_the_noise() -> Non
         ]
         steps = {guards.OFF: 1.0, guards.SECOND: second, guards.AGAIN: again}
         samples = {name: Sample((time,) * 5) for name, time in steps.items()}
-        found = guards.Found(tuple(cases), samples)
+        found = guards.GuardTimes(tuple(cases), samples)
         return [row[-2] for row in goals.rows({"guards": found}) if row[-2] != "–"]
 
     assert verdicts(0.009, 1.02, 1.03) == ["yes", "yes"]

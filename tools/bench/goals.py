@@ -390,14 +390,14 @@ def linear_growth(results: Mapping[str, verbs.Scale]) -> Verdict | None:
     return Verdict(text, large / small - 1.25)
 
 
-def guards_of_a_forward(results: guards.Found) -> Verdict:
+def guards_of_a_forward(results: guards.GuardTimes) -> Verdict:
     """Judge the guards' part of a forward, in the worst model."""
     portions = {case.title: case.portion.median for case in results.cases}
     text = "; ".join(f"{title}: {100 * portion:.2f} %" for title, portion in portions.items())
     return Verdict(text, 100 * max(portions.values()) - 1, " %")
 
 
-def second_step(results: guards.Found) -> Verdict:
+def second_step(results: guards.GuardTimes) -> Verdict:
     """Judge if the second step is as fast as one without a watch."""
     off = results.steps[guards.OFF]
     second, again = (ratio(results.steps[name], off) for name in (guards.SECOND, guards.AGAIN))

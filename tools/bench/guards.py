@@ -27,7 +27,7 @@ from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.steps import loss_of
 from lora_fx.tools.bench.workloads import Workload, resnet, small_llama
 
-__all__ = ["AGAIN", "OFF", "SECOND", "SECTION", "Found"]
+__all__ = ["AGAIN", "OFF", "SECOND", "SECTION", "GuardTimes"]
 
 FIRST, SECOND, LATER = "first step, watched", "second step", "fifth step"
 OFF, AGAIN = "a step without a watch", "a step without a watch, again (A/A)"
@@ -62,7 +62,7 @@ class Case:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class GuardTimes:
     """The times of guards, and of the steps that they are a part of.
 
     Attributes:
@@ -74,7 +74,7 @@ class Found:
     steps: Mapping[str, Sample]
 
 
-def _run(run: Run) -> Found:
+def _run(run: Run) -> GuardTimes:
     """Measure the guards of two models with a graph for each region and of one with one graph, then steps."""
     wide, pictures = small_llama(run.size), resnet(run.size)
     built = (
@@ -87,10 +87,10 @@ def _run(run: Run) -> Found:
         for index, (title, workload, way, settings) in enumerate(built)
     )
     steps = _steps(wide, run.part(len(built), len(built) + 1, "watch"))
-    return Found(cases, steps)
+    return GuardTimes(cases, steps)
 
 
-def _rows(results: Found) -> Iterator[list[str]]:
+def _rows(results: GuardTimes) -> Iterator[list[str]]:
     for case in results.cases:
         yield [f"{case.title}: forward", "", "", str(case.forward), "", ""]
         portion = case.portion

@@ -350,7 +350,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
@@ -420,8 +420,8 @@ class Run:
             yield item, self.part(index, len(items), title(item))
 
     def at_each(
-        self, where: Collection[Placement], work: Callable[[Placement, Run], Found]
-    ) -> dict[str, Found]:
+        self, where: Collection[Placement], work: Callable[[Placement, Run], Result]
+    ) -> dict[str, Result]:
         """Do the same work for each placement and return the results by the placement's name."""
         return {str(placement): work(placement, run) for placement, run in self.each(where)}
 

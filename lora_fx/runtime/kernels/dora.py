@@ -89,7 +89,7 @@ def _squared_norm(
     sums: tuple[Tensor, ...] | None = None
     with _full_precision(weight):
         for matrix, down in _matrices(weight.detach(), a.detach().to(wide), layout, groups):
-            products, squares = _against(matrix, down)
+            products, squares = _products_and_squares(matrix, down)
             parts = (squares, products, down @ down.mT)
             sums = parts if sums is None else tuple(map(torch.add, sums, parts))
         assert sums is not None  # a kernel has at least one position
@@ -123,7 +123,7 @@ def _matrices(
         yield matrix, down
 
 
-def _against(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def _products_and_squares(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``W Aᵀ`` and ``‖W‖²`` by row. A half-precision weight is widened piece by piece."""
     if matrix.dtype == down.dtype:
         return matrix @ down.mT, _squares(matrix)

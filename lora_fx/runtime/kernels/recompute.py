@@ -174,11 +174,11 @@ class Chain(Subgraph):
         recipe = _Recipe(self, leaves)
         saved = recipe.saved_inputs(leaves)
         if self.saves:
-            out: Tensor = _Made.apply(recipe, leaves, *saved)  # type: ignore[no-untyped-call]
+            out: Tensor = _ChainFunction.apply(recipe, leaves, *saved)  # type: ignore[no-untyped-call]
         else:
             out = self.run(None, *leaves)
         if type(out) is Tensor and out.device.type in _RECIPES:
-            entry = _Entry(recipe, _held(saved), out)
+            entry = _Entry(recipe, _references(saved), out)
             # A copy at another address is not copy-on-write, and its address would not show later writes.
             if entry.address == torch_private.data_address(entry.copy):
                 _known[out] = entry
@@ -353,7 +353,7 @@ class _Recipe:
             self.forget()
 
 
-class _Made(torch.autograd.Function):
+class _ChainFunction(torch.autograd.Function):
     """Autograd function of a chain. It saves the inputs, and rebuilds its graph in the backward."""
 
     @staticmethod
@@ -392,7 +392,7 @@ def _without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
 _Held = tuple[Callable[[], Tensor | None], ...]
 
 
-def _held(saved: Sequence[Tensor]) -> _Held:
+def _references(saved: Sequence[Tensor]) -> _Held:
     """Return references to the inputs, which live as long as autograd saves them.
 
     Saved-tensor hooks (checkpointing, offloading) replace the saved tensors. The references are strong then,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from lora_fx.runtime.loss import chunked, logits
 from lora_fx.runtime.loss.chunked import ROWS, drawing, exact_dtype, generators
-from lora_fx.runtime.loss.lazy import Unmade, asks
+from lora_fx.runtime.loss.lazy import LazyHistory, reads_metadata
 
 __all__ = [
     "ROWS",
-    "Unmade",
-    "asks",
+    "LazyHistory",
     "chunked",
     "drawing",
     "exact_dtype",
     "generators",
     "logits",
+    "reads_metadata",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_fx import torch_private
 from lora_fx.errors import LoraFxError
 
-__all__ = ["Unmade", "asks", "name_of"]
+__all__ = ["LazyHistory", "name_of", "reads_metadata"]
 
 _FACTS = {
     *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "names"),
@@ -24,7 +24,7 @@ _ASKING = {
 }
 
 
-class Unmade(torch.autograd.Function):
+class LazyHistory(torch.autograd.Function):
     """Autograd history of a lazy tensor. Its backward runs only if code used the tensor as a computed one."""
 
     @staticmethod
@@ -43,7 +43,7 @@ class Unmade(torch.autograd.Function):
         raise ctx.error
 
 
-def asks(func: Any) -> bool:
+def reads_metadata(func: Any) -> bool:
     """Return True if a function reads only metadata of a tensor, such as its shape."""
     if getattr(func, "__name__", "") == "__get__":
         return getattr(func.__self__, "__name__", "") in _FACTS

@@ -33,7 +33,7 @@ from lora_fx.ir import thaw
 from lora_fx.runtime.kernels import Subgraph, autocast_of, transformed
 from lora_fx.runtime.loss import chunked
 from lora_fx.runtime.loss.chunked import REMEDY, ROWS, Given, Job, Read, Step, loss_of, running
-from lora_fx.runtime.loss.lazy import Unmade, asks, name_of
+from lora_fx.runtime.loss.lazy import LazyHistory, name_of, reads_metadata
 from lora_fx.torch_private import pytree
 
 __all__ = ["Gone", "Head", "Logits", "head_of", "scoped"]
@@ -287,7 +287,7 @@ class _Group:
         shape.insert(form.axis, self.head.outputs)
         anchor = next(tensor for tensor in (self.x, *self.leaves) if _wants(tensor))
         make = functools.partial(Logits, shape, form.dtype, self.device)
-        logits: Logits = Unmade.apply(anchor, make, LogitsError(_UNMADE))  # type: ignore[no-untyped-call]
+        logits: Logits = LazyHistory.apply(anchor, make, LogitsError(_UNMADE))  # type: ignore[no-untyped-call]
         logits._group, logits._form, logits._made_by, logits._whole = self, form, made_by, None
         self.wholes.append(weakref.ref(logits))
         return logits
@@ -302,7 +302,7 @@ class _Group:
             LogitsError: If the logits cannot be computed any more, or would differ from those of the loss.
         """
         if self.gone:
-            raise LogitsError(_words(self.head.__name__))
+            raise LogitsError(_gone_message(self.head.__name__))
         if any(read.changed for read in (self.read, *reads)):
             raise LogitsError(
                 f"what {self.head.__name__} or an operation on its logits reads was written into before its "
@@ -356,7 +356,7 @@ class _MadeBy(NamedTuple):
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-def _words(name: str) -> str:
+def _gone_message(name: str) -> str:
     return (
         f"the logits of {name} were not kept: with loss='chunked' the loss of a training call is computed in "
         "chunks, and its output holds no logits. Call the model in eval mode or without labels to have them, "
@@ -419,13 +419,13 @@ class Logits(Tensor):
     ) -> Any:
         """Record an operation that can be computed row by row. Run any other on the computed logits."""
         kwargs = kwargs or {}
-        if asks(func) and not any(
+        if reads_metadata(func) and not any(
             isinstance(arg, Logits) and arg._whole is not None for arg in args
         ):
             with torch_private.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if torch.is_grad_enabled():
-            result = _noted(func, args, kwargs)
+            result = _recorded(func, args, kwargs)
             if result is not None:
                 return result
         if name_of(func) in _OF_GRADIENTS:
@@ -486,28 +486,28 @@ class Gone:
         """
         if name.startswith("__") or name in ("_name", "_shape"):
             raise AttributeError(name)
-        raise LogitsError(_words(self._name))
+        raise LogitsError(_gone_message(self._name))
 
 
 def _refuse(self: Gone, *_: Any, **__: Any) -> NoReturn:
-    raise LogitsError(_words(self._name))
+    raise LogitsError(_gone_message(self._name))
 
 
 def _refuse_function(
     cls: type[Gone], func: Any, types: Any, args: Any = (), kwargs: Any = None
 ) -> NoReturn:
     leaves = pytree.tree_leaves((args, kwargs))
-    raise LogitsError(_words(next(leaf._name for leaf in leaves if isinstance(leaf, Gone))))
+    raise LogitsError(_gone_message(next(leaf._name for leaf in leaves if isinstance(leaf, Gone))))
 
 
 Gone.__torch_function__ = classmethod(_refuse_function)  # type: ignore[attr-defined]
-_TWO = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 for _name in (
     *("array", "bool", "contains", "float", "getitem", "int", "iter", "len", "setitem"),
     *("abs", "eq", "ge", "gt", "invert", "le", "lt", "ne", "neg", "index"),
-    *_TWO,
-    *(f"r{operator}" for operator in _TWO),
-    *(f"i{operator}" for operator in _TWO),
+    *_BINARY,
+    *(f"r{operator}" for operator in _BINARY),
+    *(f"i{operator}" for operator in _BINARY),
 ):
     setattr(Gone, f"__{_name}__", _refuse)
 Gone.__hash__ = object.__hash__  # type: ignore[method-assign]
@@ -569,7 +569,7 @@ class _Operation(NamedTuple):
         return form._replace(steps=(*form.steps, step), dtype=result.dtype, read=read)
 
 
-def _noted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _recorded(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the result of an operation that can be computed row by row, or None for any other."""
     for word in ("input", "self"):
         if word in kwargs and not args:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.kernels import autocast_of
-from lora_fx.runtime.loss import ROWS, Unmade, asks, drawing, generators
+from lora_fx.runtime.loss import ROWS, LazyHistory, drawing, generators, reads_metadata
 from lora_fx.runtime.memory.tiles import called, draws, fits, in_tiles, is_silent
 from lora_fx.runtime.rows import is_elementwise
 from lora_fx.torch_private import pytree
@@ -161,7 +161,7 @@ class LazyTensor(Tensor):
         kwargs = kwargs or {}
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if all(isinstance(x, LazyTensor) and x.waits for x in tensors):
-            if asks(func):
+            if reads_metadata(func):
                 with torch_private.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             result = _recorded(func, args, kwargs) if torch.is_grad_enabled() else None
@@ -210,7 +210,7 @@ def _lazy(source: Source, step: _Step, row: Tensor) -> LazyTensor | None:
         return None
     make = functools.partial(LazyTensor, (*source.x.shape[:-1], row.shape[-1]), row)
     error = ConfigError(f"memory='least': autograd reached {_PAST}")
-    result: LazyTensor = Unmade.apply(anchor, make, error)  # type: ignore[no-untyped-call]
+    result: LazyTensor = LazyHistory.apply(anchor, make, error)  # type: ignore[no-untyped-call]
     result.source, result.step, result.row = source, step, row
     return result
 

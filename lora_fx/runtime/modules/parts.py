@@ -296,7 +296,7 @@ def _holders(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     groups: dict[int, Any] = {}
     for tensor in tensors:
         value: Any = tensor
-        if _is_cut(value):
+        if _is_sharded(value):
             meshes[id(value.device_mesh)] = value.device_mesh
         elif hasattr(value, "ds_process_group"):  # of DeepSpeed's ZeRO-3
             groups[id(value.ds_process_group)] = value.ds_process_group
@@ -305,7 +305,7 @@ def _holders(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(sorted(ranks))
 
 
-def _is_cut(value: Any) -> bool:
+def _is_sharded(value: Any) -> bool:
     return isinstance(value, Tensor) and hasattr(value, "device_mesh")
 
 
@@ -317,11 +317,11 @@ def note_whole(module: nn.Module, name: str, value: Any) -> None:
         name: Name of the factor.
         value: The ``DTensor`` that will replace it.
     """
-    if not _is_cut(value):
+    if not _is_sharded(value):
         return
     whole = module._parameters.get(name)
     notes = vars(module).setdefault(_NOTES, {})
-    if whole is None or name in notes or _is_cut(whole):
+    if whole is None or name in notes or _is_sharded(whole):
         return
     notes[name] = (_digest(whole), value, _version(value))
 
@@ -400,7 +400,7 @@ def _restore_scales(model: nn.Module) -> None:
     for site in (row.site for adapter in adapters for row in adapter.sites):
         owner = model.get_submodule(site.owner)
         weight = owner._parameters.get(site.parameter)
-        if site.quantized is None or not _is_cut(weight) or _has_scales(owner, weight):
+        if site.quantized is None or not _is_sharded(weight) or _has_scales(owner, weight):
             continue
         raise QuantizationError(
             f"{site.weight} is stored as {site.quantized}, and FSDP2 has sharded its values or bytes without "

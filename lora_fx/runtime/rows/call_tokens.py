@@ -118,7 +118,7 @@ def active_positions(x: Tensor, phrase: Sequence[int], weight: str) -> Tensor:
     phrase = tuple(phrase)
     if phrase not in call.masks:
         assert call.ids is not None
-        call.masks[phrase] = _found(call.ids, phrase, call.seen)
+        call.masks[phrase] = _mask_after(call.ids, phrase, call.seen)
     return call.masks[phrase].to(x.device)
 
 
@@ -144,7 +144,7 @@ def gated(up: Tensor, positions: Tensor, weight: str) -> Tensor:
     )
 
 
-def _found(ids: Tensor, phrase: tuple[int, ...], seen: _Seen | None) -> Tensor:
+def _mask_after(ids: Tensor, phrase: tuple[int, ...], seen: _Seen | None) -> Tensor:
     """Return a mask of the positions from the last occurrence of a phrase on, [samples, positions].
 
     A single token after a cached prompt is generated: it is active if the prompt has the phrase. More tokens
@@ -236,7 +236,7 @@ class _Closing:
         returned: Any = () if isinstance(results, Tensor) else results
         returned = returned.values() if isinstance(returned, Mapping) else returned
         more = returned if isinstance(returned, Iterable) else ()
-        _note(_cache_in((*args, *kwargs.values(), *more)), call)
+        _record_in_cache(_cache_in((*args, *kwargs.values(), *more)), call)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             hook = functools.partial(_replay, call)
             tensor: Any
@@ -300,7 +300,7 @@ def _seen(cache: Any, ids: Tensor | None) -> _Seen | None:
     return _Seen(active, before)
 
 
-def _note(cache: Any, call: _Call) -> None:
+def _record_in_cache(cache: Any, call: _Call) -> None:
     """Record in the cache of a call its tokens, and the samples in which each phrase has occurred."""
     if cache is None or call.ids is None:
         return

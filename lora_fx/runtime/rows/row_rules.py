@@ -42,7 +42,7 @@ class Reader(Protocol):
     def read(self, tensor: Any) -> Tensor | None:
         """Return the samples of each element, [channels, *shape]; None if no element has one."""
 
-    def placed(self) -> None:
+    def note_position_by_values(self) -> None:
         """Record that values of the batch decide the position of an element."""
 
 
@@ -358,9 +358,9 @@ def _note_placed(reader: Reader, x: Any, indices: Mapping[int, Tensor]) -> None:
         axes = range(dim, dim + (index.dim() if index.dtype in (torch.bool, torch.uint8) else 1))
         for axis in axes:
             if not torch.equal(sets, sets.narrow(axis + 1, 0, 1).expand_as(sets)):
-                reader.placed()
+                reader.note_position_by_values()
         if index.dtype in (torch.bool, torch.uint8):
-            reader.placed()
+            reader.note_position_by_values()
 
 
 def _where_empty(reader: Reader, sets: Sets, other: Sets) -> Sets:
@@ -442,7 +442,7 @@ def _put(op: Operation) -> Sets | list[Sets]:
     if op.named.get("accumulate"):
         return _everything(op)
     if any(op.reader.read(index) is not None for index in op.named["indices"] if index is not None):
-        op.reader.placed()
+        op.reader.note_position_by_values()
     return _moved("self", "values")(op.functional())
 
 
@@ -452,7 +452,7 @@ def _copied_to(source: str) -> Rule:
     def rule(op: Operation) -> Sets | list[Sets]:
         index = op.named.get("index", op.named.get("mask"))
         if isinstance(index, Tensor) and op.reader.read(index) is not None:
-            op.reader.placed()
+            op.reader.note_position_by_values()
         if not isinstance(op.named.get(source), Tensor):
             return _pointwise(op)
         return _moved("self", source)(op.functional())
@@ -464,7 +464,7 @@ def _data_dependent(op: Operation) -> Sets | list[Sets]:
     """Return the samples of results whose shape depends on values."""
     met = op.all_of(op.named.values())
     if met is not None:
-        op.reader.placed()
+        op.reader.note_position_by_values()
     return met
 
 

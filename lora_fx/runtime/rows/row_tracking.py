@@ -122,7 +122,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         sets = torch.stack([numbers, -numbers])
         self.write(tensor, sets.reshape(2, rows, *[1] * (tensor.dim() - 1)))
 
-    def placed(self) -> None:
+    def note_position_by_values(self) -> None:
         """Record that values of the batch decide the position of an element."""
         self.by_values = True
 
@@ -219,7 +219,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         }
         named |= kwargs
         if name in ("_local_scalar_dense", "is_nonzero", "equal"):
-            self._asked(inputs)
+            self._note_scalar_read(inputs)
             return
         written = [
             tensor
@@ -262,7 +262,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         super().__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
         self._reads.__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
 
-    def asked(self, tensors: Sequence[Tensor]) -> None:
+    def note_read(self, tensors: Sequence[Tensor]) -> None:
         """Record that code reads values without an operator, as ``tolist()`` and ``bool()`` do."""
         with torch_private.disable_dispatch_modes():
             if any(self.read(tensor) is not None for tensor in tensors):
@@ -272,7 +272,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         known = [self.read(tensor) for tensor in tensors]
         return union(*(sets.reshape(len(sets), -1).amin(1) for sets in known if sets is not None))
 
-    def _asked(self, tensors: Sequence[Tensor]) -> None:
+    def _note_scalar_read(self, tensors: Sequence[Tensor]) -> None:
         """Record that code reads values of the batch as numbers, and may branch on them."""
         if all(self.read(tensor) is None for tensor in tensors):
             return
@@ -488,7 +488,7 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, and report reads of its arguments."""
         if getattr(func, "__name__", "") in _READS:
-            self._follower.asked(list(operands_of(args)))
+            self._follower.note_read(list(operands_of(args)))
         return func(*args, **(kwargs or {}))
 
 
