@@ -91,8 +91,8 @@ STATE = "_lora_fx_watch"
 """Attribute of a module: the forms of its calls that were watched."""
 
 # Attributes of a watched class: the class that it was created from, and its _ClassSettings.
-_MADE = "_lora_fx_made_of"
-_HOW = "_lora_fx_how"
+_SOURCE = "_lora_fx_source"
+_SETTINGS = "_lora_fx_settings"
 # PEFT's methods that a rewritten model has, and the functions that they call.
 _PEFT_METHODS = {
     "merge_and_unload": "lora_fx.checkpoint:merge_and_unload",
@@ -293,15 +293,15 @@ def places_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def is_scoped(model: nn.Module) -> bool:
     """Return True if the calls of this model are wrapped for ``loss="chunked"``."""
-    how: _ClassSettings | None = inner_class(model).__dict__.get(_HOW)
-    return how is not None and how.scoped
+    settings: _ClassSettings | None = inner_class(model).__dict__.get(_SETTINGS)
+    return settings is not None and settings.scoped
 
 
 def disarm(module: nn.Module) -> None:
     """Stop watching a module. Its graph stays, if it has one."""
     module.__dict__.pop(STATE, None)
     module.__dict__.pop(CHANGES, None)
-    made_of = inner_class(module).__dict__.get(_MADE)
+    made_of = inner_class(module).__dict__.get(_SOURCE)
     if made_of is not None:
         give_class(module, made_of)
 
@@ -561,30 +561,32 @@ class _ClassSettings(NamedTuple):
     saving: Saving = Saving()
 
 
-def watched_class(cls: type[nn.Module], how: _ClassSettings) -> type[nn.Module]:
+def watched_class(cls: type[nn.Module], settings: _ClassSettings) -> type[nn.Module]:
     """Create a subclass of a module's class whose calls are watched.
 
     Args:
         cls: The class of the module, or of its region.
-        how: The settings of the new class.
+        settings: The settings of the new class.
     """
-    key = (cls, how)
+    key = (cls, settings)
     known = _classes.get(key)
     if known is not None:
         return known
     entries: dict[str, Any] = {}
-    if how.whole:
+    if settings.whole:
         entries = {name: entry(name, cls) for name in ("__call__", "forward")}
-        inner = logits.scoped(entries["forward"]) if how.scoped else entries["forward"]
-        if how.saving.tiles:
+        inner = logits.scoped(entries["forward"]) if settings.scoped else entries["forward"]
+        if settings.saving.tiles:
             inner = tiles.tiled(inner)
-        inner = spans.opened(inner) if how.saving.first else inner
-        inner = spans.closed(inner) if how.saving.last else inner
-        inner = spans.spanned(inner, how.saving.spans) if how.saving.spans else inner
+        inner = spans.opened(inner) if settings.saving.first else inner
+        inner = spans.closed(inner) if settings.saving.last else inner
+        inner = spans.spanned(inner, settings.saving.spans) if settings.saving.spans else inner
         forward = around(cls.forward, inner)
         # Outside of the decorator by which layers of transformers checkpoint themselves.
         entries["forward"] = (
-            blocks.recomputed(forward, how.saving.blocks) if how.saving.blocks else forward
+            blocks.recomputed(forward, settings.saving.blocks)
+            if settings.saving.blocks
+            else forward
         )
     watched_cls = subclass(
         (_Watched, Hooked),
@@ -596,12 +598,12 @@ def watched_class(cls: type[nn.Module], how: _ClassSettings) -> type[nn.Module]:
             BASE: cls,
             **{name: value for name, value in cls.__dict__.items() if name.startswith("_lora_fx_")},
             **entries,
-            **(members_of(cls) if how.whole else {}),
+            **(members_of(cls) if settings.whole else {}),
             # A method of the same name that the user's class has stays.
             **{name: _PeftMethod(name) for name in _PEFT_METHODS if not hasattr(cls, name)},
-            **{name: weight_property(name) for name in how.weights},
-            _MADE: cls,
-            _HOW: how,
+            **{name: weight_property(name) for name in settings.weights},
+            _SOURCE: cls,
+            _SETTINGS: settings,
         },
     )
     _classes[key] = watched_cls
@@ -625,22 +627,22 @@ class _PeftMethod:
         return functools.partial(pkgutil.resolve_name(_PEFT_METHODS[self._name]), model)
 
 
-def _watch(module: nn.Module, how: _ClassSettings) -> None:
+def _watch(module: nn.Module, settings: _ClassSettings) -> None:
     """Give a module a watched class, unless it has such a class already or cannot have one."""
     cls: Any = inner_class(module)
-    if _MADE in cls.__dict__:
-        known: _ClassSettings = cls.__dict__[_HOW]
-        if known.whole >= how.whole and known[1:] == how[1:]:
+    if _SOURCE in cls.__dict__:
+        known: _ClassSettings = cls.__dict__[_SETTINGS]
+        if known.whole >= settings.whole and known[1:] == settings[1:]:
             return
-        cls = cls.__dict__[_MADE]
-    if not how.whole and not how.weights:
+        cls = cls.__dict__[_SOURCE]
+    if not settings.whole and not settings.weights:
         return
     # These modules create their classes themselves, and torch inspects the bases of the class.
     if cls.__module__ == "torch.nn.utils.parametrize" or isinstance(module, torch.fx.GraphModule):
         return
     if GRAPH not in cls.__dict__ and not _pickles_plainly(cls):
         return
-    give_class(module, watched_class(cls, how))
+    give_class(module, watched_class(cls, settings))
 
 
 def _pickles_plainly(cls: type) -> bool:
@@ -698,19 +700,19 @@ class _Watched(Hooked):
         cls: Any = type(self)
         reduced: Any = super().__reduce_ex__(protocol)
         make, made_of, *state = reduced
-        how = tuple(cls.__dict__[_HOW])
+        settings = tuple(cls.__dict__[_SETTINGS])
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # of CPython
-            again: Any = (_remade, (how, object.__new__, cls.__dict__[_MADE]))
+            again: Any = (_remade, (settings, object.__new__, cls.__dict__[_SOURCE]))
             return blank, (Blank(cls, lambda: again),), *state
         if make is blank:
             inside = made_of[0]
-            return blank, (Blank(cls, lambda: (_remade, (how, blank, inside))),), *state
-        return (_remade, (how, make, *made_of), *state)
+            return blank, (Blank(cls, lambda: (_remade, (settings, blank, inside))),), *state
+        return (_remade, (settings, make, *made_of), *state)
 
 
-def _remade(how: tuple[Any, ...], make: Callable[..., Any], *made_of: Any) -> Any:
+def _remade(settings: tuple[Any, ...], make: Callable[..., Any], *made_of: Any) -> Any:
     module = make(*made_of)
-    object.__setattr__(module, "__class__", watched_class(type(module), _ClassSettings(*how)))
+    object.__setattr__(module, "__class__", watched_class(type(module), _ClassSettings(*settings)))
     return module
 
 
