@@ -709,7 +709,7 @@ def kind_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
     """Return the reason why a selected site cannot have the configuration's kind; None if it can.
 
     Raises:
-        ConfigError: If it cannot, and the configuration lists the site by name, so that it must not be skipped.
+        ConfigError: If it cannot, and the configuration lists the site, so that it must not be skipped.
     """
     kind = site_kind(site, config)
     _check_merges(kind, site)
