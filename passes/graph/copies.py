@@ -91,8 +91,8 @@ def exchange(model: nn.Module, before: Iterable[tuple[str, nn.Parameter]]) -> No
     """Make everything that a model reaches refer to its present parameters instead of replaced ones.
 
     Args:
-        model: A model in which parameters of modules were replaced. Its lists, objects and functions may still
-            refer to the old parameters, and are changed.
+        model: A model in which parameters of modules were replaced. Its lists, objects and functions may
+            still refer to the old parameters, and are changed.
         before: Name and value of each former parameter.
 
     Raises:
