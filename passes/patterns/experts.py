@@ -30,7 +30,7 @@ _GROUPED_NAMES = ("transformers.grouped_mm_fallback.default", "transformers.grou
 
 
 class ExpertsPattern:
-    """Pattern of ``matmul``, ``bmm`` and ``linear`` with a stack of matrices, or with one matrix of a stack."""
+    """Pattern of ``matmul``, ``bmm`` and ``linear`` with a stack of matrices or one of the matrices."""
 
     name = "experts"
 
