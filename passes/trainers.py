@@ -52,7 +52,7 @@ def copy_without_trainers(
         error: Class of the error for a forward that trainers and other code have both set.
 
     Raises:
-        LoraFxError: If a trainer's function calls other code's function, or the other way round.
+        LoraFxError: If both a trainer and other code have wrapped the same forward.
         CaptureError: Same as for :func:`share_copy`.
     """
     restored: dict[str, str] = {}

@@ -557,7 +557,7 @@ class Storage:
         format: A name of a registered format.
         block_size: Values that share a scale; None for one scale a row.
         double: True if the scales are quantized, too.
-        compute_dtype: The dtype in which the product is computed; None for that of its input.
+        compute_dtype: The dtype in which the product is computed; None for the dtype of the input.
         chosen: True if the user chose the block size. Otherwise a smaller one may replace a size that does
             not divide the rows.
     """

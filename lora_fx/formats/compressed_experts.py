@@ -163,8 +163,8 @@ def _stack(
 
     Args:
         tensors: The tensors of all experts, by the pattern of their names in the checkpoint.
-        patterns: The patterns of the matrices. If the stack joins several, such as gate and up, the order is
-            that of the rows.
+        patterns: The patterns of the matrices. If the stack joins several, such as gate and up, they are in
+            the order of their rows.
         name: The FQN of the parameter.
         model: The model. It still has the dense parameter, which gives the shape.
         scheme: The settings of compressed-tensors for the experts.

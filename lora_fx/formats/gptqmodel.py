@@ -2,7 +2,7 @@
 
 A layer has codes of 2 to 8 bits (``qweight``). For each group of inputs and each output, it has a zero point
 in as many bits (``qzeros``) and a scale in half precision. GPTQ packs codes along inputs, and ``g_idx`` has
-the group of each input, in any order (act-order). AWQ packs them along outputs, those of 4 bits in a
+the group of each input, in any order (act-order). AWQ packs codes along outputs. Its codes of 4 bits are in a
 different order.
 
 The library has a class for each kernel, and some kernels repack a layer in the first call. In a copy that

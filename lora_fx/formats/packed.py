@@ -79,7 +79,7 @@ class PackedTensor(Tensor):
         tensor = torch_private.make_wrapper_subclass(
             cls, tuple(parts.shape), dtype=dtype, device=device
         )
-        # Dynamo finds attributes, but nothing that __getattr__ returns.
+        # Set attributes, because Dynamo does not find values that __getattr__ returns.
         tensor.__dict__.update(parts.tensors)
         tensor.part_names, tensor.options = tuple(parts.tensors), parts.options
         tensor.key = _registered(cls, tensor.part_names, parts.options)
@@ -118,7 +118,7 @@ class PackedTensor(Tensor):
     def mapped(
         self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
     ) -> PackedTensor:
-        """Return a tensor of which each part is the result of a function of the old part."""
+        """Return a tensor with the same options, after calling a function on each part."""
         tensors = {name: function(part) for name, part in self.parts.items()}
         return type(self)(Parts(tensors, self.shape, self.options), dtype or self.dtype)
 

@@ -3,7 +3,7 @@
 A stack looks like the dense weight that it replaces, [E, out, in] or [E, in, out], so any code can read it.
 It is stored as the tensors of a library's weight with one more axis in front. ``stack[e]`` is one matrix,
 ``stack[ids]`` a smaller stack, and a grouped product decodes the matrices of the experts that have rows, one
-after the other. Nothing decoded is kept for the backward pass.
+after the other. Decoded matrices are not kept for the backward pass.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ _FUSED = "fused, and a part can be named alone"
 
 
 class Deployment(NamedTuple):
-    """The storage for which adapters are trained. Products use adapted weights that are rounded as in it.
+    """The storage for which adapters are trained. Products use the adapted weights rounded to this storage.
 
     Attributes:
         format: Name of the format, or of the dtype.
@@ -147,8 +147,8 @@ class Kept(NamedTuple):
 
     Attributes:
         frozen: Bytes for the model without adapters, with gradients computed down to the embeddings.
-        adapted: Bytes for the model with adapters, by the value of ``memory=`` of :func:`lora_fx.rewrite`,
-            which is called without example inputs.
+        adapted: Bytes for the model with adapters, by the value of ``memory=``, as :func:`lora_fx.rewrite`
+            returns it if no example inputs are passed.
     """
 
     frozen: int

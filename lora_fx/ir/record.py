@@ -43,7 +43,7 @@ Memory: TypeAlias = Literal["fast", "balanced", "least"]
 DEFAULT_MEMORY: Memory = "fast"
 
 Loss: TypeAlias = Literal["whole", "chunked"]
-"""The logits for the loss of a training step: all at once, or chunk by chunk."""
+"""The way to compute the logits for the loss of a training step: all at once, or chunk by chunk."""
 
 DEFAULT_LOSS: Loss = "whole"
 
@@ -64,7 +64,7 @@ class _Target(tuple[str, ...]):
 def freeze(graph: fx.Graph) -> tuple[Any, ...]:
     """Return a graph as picklable values, with its tags.
 
-    fx would pickle its module and trace it again, which loses the tags.
+    fx pickles a graph module as code and traces it again when it is loaded, which loses the tags.
     """
     nodes = [
         (
@@ -81,7 +81,7 @@ def freeze(graph: fx.Graph) -> tuple[Any, ...]:
 
 
 def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
-    """Return the graph of a result of :func:`freeze`: same names, same tags."""
+    """Return the graph from a result of :func:`freeze`, with the same names and tags."""
     nodes, codegen = frozen
     graph = fx.Graph()
     graph.set_codegen(codegen)
@@ -98,7 +98,7 @@ def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
 
 
 def _written(tag: Tag | None) -> Tag | None:
-    """Return a tag without the field that only later passes need."""
+    """Return a tag without ``fused``, which only later passes need."""
     return None if tag is None else dataclasses.replace(tag, fused=None)
 
 

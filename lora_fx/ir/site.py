@@ -131,8 +131,8 @@ class Site:
         router: True if its output decides which experts of a mixture process a token.
         chosen: For a router, the number of experts that process a token; 0 if the graph does not say it.
         all_linear: True if ``target_modules="all-linear"`` includes it.
-        quantized: The storage of the weight, if it is quantized; ``weight_shape`` and ``layout`` are those
-            of its values.
+        quantized: The storage of the weight, if it is quantized. In that case, ``weight_shape`` and
+            ``layout`` describe the dequantized values.
         loss: For a head: "chunked" if a loss of its output may be computed in chunks, else the reason why
             not. Empty if that was not checked.
     """

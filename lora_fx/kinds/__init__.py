@@ -574,7 +574,7 @@ def kinds() -> tuple[AdapterKind, ...]:
 
 
 def register_adapter_kind(kind: AdapterKind) -> None:
-    """Register an adapter kind of your own: the parameters of a site, with or without A and B.
+    """Register a new adapter kind, with or without the factors A and B.
 
     A configuration chooses it by its name, ``LoraConfig(kind="ia3", target_modules=[...])``. All of PEFT's
     fields keep their meaning: they select the operations to adapt and the other parameters to train. A kind

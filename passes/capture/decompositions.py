@@ -433,8 +433,8 @@ def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., 
 def holds_quantized(module: nn.Module) -> bool:
     """Return True if a module's own forward must not run with quantized weights.
 
-    That is so for a library's layer, whose forward may set attributes on which its graph depends, as that of
-    bitsandbytes does. It is also so if a child has a quantized weight, which the module's code could misread.
+    This is true for a library's layer, whose forward may set attributes on which its graph depends, as in
+    bitsandbytes. It is also true if a child has a quantized weight, which the module's code could misread.
     """
     if setup_of(module) is not None:
         return True

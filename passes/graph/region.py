@@ -3,8 +3,8 @@
 A region's class is a subclass of the module's own class that differs in ``forward`` only. So
 ``isinstance``, attributes, hooks, ``state_dict`` names, wrapping policies by class and
 ``torch.compile`` work as before. Equal graphs share one class: one code object, one
-compilation. Instances support ``copy.deepcopy`` and ``pickle``, unlike those of other classes
-created at run time.
+compilation. Instances support ``copy.deepcopy`` and ``pickle``, unlike instances of most classes
+that are created at run time.
 """
 
 from __future__ import annotations
