@@ -1,4 +1,8 @@
-"""Adapted weights of a rewritten model, for code that reads them outside of graphs."""
+"""Adapted weights of a rewritten model, for code that reads a weight without running a graph.
+
+Such code gets the weight with its adapters applied (an effective weight), and products with it are computed
+by the functions that graphs call. :func:`arm` sets this up.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +75,8 @@ class _Row:
 
     Attributes:
         planned: The site, or rows of an embedding that are trained.
-        adapter: The name of its adapter.
-        parameters: Names of its parameters, relative to the module that has the weight.
+        adapter: The name of the adapter.
+        parameters: Names of the adapter's parameters, relative to the module that has the weight.
         dropout: Name of the adapter's dropout, relative to that module; empty if it has none.
     """
 
@@ -88,9 +92,9 @@ class _Adapted:
 
     Attributes:
         name: FQN of the weight.
-        rows: Its sites. Rows of an embedding that are trained come last.
+        rows: The adapters at the weight. Those that train rows of an embedding come last.
         record: The record of the model.
-        products: The functions of products with it, by the form of the call.
+        products: Generated functions that compute products with the weight, by the form of the call.
     """
 
     name: str
@@ -101,7 +105,7 @@ class _Adapted:
     )
 
     def __reduce__(self) -> Any:
-        """Reduce to the other fields. A copy generates its own functions of products."""
+        """Reduce to the other fields. A copy generates its own functions for products."""
         return type(self), (self.name, self.rows, self.record)
 
     def read(self, owner: nn.Module, base: torch.Tensor) -> torch.Tensor:
@@ -113,12 +117,12 @@ class _Adapted:
 
 @dataclasses.dataclass(frozen=True)
 class _OwnBySample:
-    """Values of a parameter that each sample of a batch chooses by its adapter.
+    """A parameter of the base whose value depends on the adapter of each sample in a batch.
 
     Attributes:
         name: FQN of the parameter.
-        adapters: The adapters of the samples.
-        tokens: The adapters that have trained rows of it, with the rows.
+        adapters: The adapters that samples can have.
+        tokens: The adapters that have trained rows of the parameter, with the rows.
     """
 
     name: str
@@ -126,7 +130,7 @@ class _OwnBySample:
     tokens: tuple[tuple[str, PlannedTokens], ...] = ()
 
     def read(self, owner: nn.Module, base: torch.Tensor) -> torch.Tensor:
-        """Return a parameter with values for each row of a batch. An adapter without some has the base's."""
+        """Return a parameter with a value for each sample. An adapter without a value has the base's."""
         leaf = self.name.rpartition(".")[2]
         table = owner.get_submodule(ROWS)
         assert isinstance(table, SampleRows)
@@ -145,9 +149,9 @@ class _OwnBySample:
         return torch_private.as_parameter(result)  # isinstance(layer.weight, nn.Parameter) holds
 
     def _trained(self, owner: nn.Module, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the tokens and the rows of all adapters, [slots, n] and [slots, n, width].
+        """Return the tokens and their trained rows for all adapters, [slots, n] and [slots, n, width].
 
-        Where an adapter has fewer, the rest are tokens of -1.
+        The token -1 pads the list of an adapter with fewer tokens.
         """
         trained = dict(self.tokens)
         count = max(len(planned.indices) for planned in trained.values())
@@ -214,8 +218,8 @@ class _Change(NamedTuple):
     def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Compute a product with the weight by the functions that graphs call.
 
-        A graph of this one operation is matched, gets its branches and is fused like any other graph, once
-        for each form of the call.
+        A graph of this operation alone is matched, gets branches and is fused as any other graph, once for
+        each form of the call.
         """
         if torch.compiler.is_compiling():
             return NotImplemented
@@ -244,7 +248,7 @@ class _Change(NamedTuple):
         return weight.requires_grad or not (wanted and torch.is_grad_enabled())
 
     def _check_means_something(self) -> None:
-        """Raise if only a product with the weight has a meaning: with dropout or adapters per sample."""
+        """Raise if there is no adapted weight, only a product: with dropout or an adapter for each sample."""
         for row in self.adapted.rows:
             kind = kind_of(row.planned) if isinstance(row.planned, PlannedSite) else None
             if kind is not None and kind.dynamic:
@@ -266,7 +270,7 @@ class _Change(NamedTuple):
                 )
 
     def note(self, location: str) -> None:
-        """Note a place in the code that computes the whole adapted weight."""
+        """Log, once for each line of code, that it computes the whole adapted weight."""
         if watch.note_place(self.owner, self.name, location):
             _log.info(
                 "%s is computed with its adapters as a whole at %s: right, and slower than a product",
@@ -283,9 +287,9 @@ def _product_of(
     Args:
         change: The change of the weight.
         func: The function of PyTorch.
-        values: Its arguments, flat.
-        spec: Their tree structure.
-        position: Index of the weight among them.
+        values: The arguments of the function, as a flat list.
+        spec: The tree structure of the arguments.
+        position: Index of the weight in ``values``.
 
     Returns:
         A function of the module and the other tensors.
@@ -320,7 +324,7 @@ def _product_of(
     capture = Capture(root, {fqn: region}, "regions")
     for step in _branch_passes(adapted.record, rows):
         capture = step(capture).capture
-    # A replacement of ``func`` has been called before, and has called ``func``.
+    # Call ``func`` itself: if a library has replaced it, the replacement has already run and called ``func``.
     code = Code(capture.regions[fqn].graph, replaceable=False)
     function: Callable[..., Any] = generated(code.source, dict(code.namespace), "product")
     return function
@@ -340,7 +344,7 @@ def _branch_passes(record: Record, rows: Mapping[str, list[PlannedSite]]) -> Ite
 
 
 def _changed(row: PlannedSite, base: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the change of a site to the rows of the weight that it covers."""
+    """Return the change that a site's adapter makes to the rows of the weight that the site covers."""
     site, kind, names = row.site, kind_of(row), factor_names(row)
     values = dict(zip(names.present, tensors, strict=True))
     before = rows_of(site, base)
@@ -382,7 +386,7 @@ def _with_rows(site: Site, total: torch.Tensor, change: torch.Tensor) -> torch.T
 
 
 def arm(model: nn.Module) -> None:
-    """Give the adapted weights to code that reads them in a rewritten model, and watch other reads."""
+    """Make reads of an adapted weight in a rewritten model return it with adapters, and watch other reads."""
     record = record_of(model)
     if record is not None:
         _place_changes(model, record)
@@ -410,7 +414,7 @@ def _place_changes(model: nn.Module, record: Record) -> None:
         module_at(model, owner).__dict__.setdefault(CHANGES, {})[leaf] = own
     for weight, rows in weights.items():
         owner, _, leaf = weight.rpartition(".")
-        # Layers with a quantized weight have their own forward over packed values, which no other code reads.
+        # Only the layer's own forward reads the packed values of a quantized weight.
         opaque = any(row.planned.site.opaque for row in rows)
         if not opaque and parameter_of(model, weight) is not None:
             changes = module_at(model, owner).__dict__.setdefault(CHANGES, {})
@@ -418,7 +422,7 @@ def _place_changes(model: nn.Module, record: Record) -> None:
 
 
 def _own_by_sample(record: Record) -> dict[str, _OwnBySample]:
-    """Return the parameters that samples choose by their adapters, by FQN."""
+    """Return the parameters whose value depends on the adapter of each sample, by FQN."""
     tokens: dict[str, list[tuple[str, PlannedTokens]]] = {}
     for adapter in record.active if record.per_sample else ():
         for name in record.adapters[adapter].own:

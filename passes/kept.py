@@ -1,4 +1,4 @@
-"""Count of the memory that a training step keeps for its backward, before anything is trained.
+"""Count of the bytes that a training step keeps for its backward, without running a real step.
 
 The model is copied onto the meta device, where tensors have shapes but no memory. There it is rewritten,
 and called with the shapes of the example inputs. The storages that autograd keeps are counted one by one,
@@ -48,9 +48,9 @@ def with_kept(
         plan: The plan.
         model: The user's model, which is not touched.
         config: The configuration of the adapter.
-        example_inputs: Same as for :func:`lora_fx.plan`. With None nothing is counted.
+        example_inputs: Same as for :func:`lora_fx.plan`. If None, the plan is returned unchanged.
         loss: Same as for :func:`lora_fx.rewrite`.
-        frontend: Same as for :func:`lora_fx.capture`. ``auto`` chooses as it does without inputs.
+        frontend: Same as for :func:`lora_fx.capture`. ``auto`` chooses as without example inputs.
         deploy: Same as for :func:`lora_fx.rewrite`.
     """
     if example_inputs is None:
@@ -86,7 +86,7 @@ def _counted(
     args, kwargs = pytree.tree_map(meta, normalize(example_inputs))
     totals: dict[str, int] = {}
     for memory in get_args(Memory):
-        # With "export" the count would be that of the exported model.
+        # With "export" the bytes of the exported model would be counted.
         own: Frontend = "auto" if frontend == "export" else frontend
         options = RewriteOptions(memory=memory, loss=loss, quiet=True, deploy=deploy)
         adapted = rewrite_model(base, config, options=options, frontend=own)
@@ -96,7 +96,7 @@ def _counted(
 
 
 def _without_memory(model: nn.Module) -> nn.Module | None:
-    """Copy a model onto the meta device. Return None if a weight is no plain tensor (quantized, sharded)."""
+    """Copy a model onto the meta device. Return None if a tensor is a subclass (quantized, sharded)."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor.data) is not Tensor:
@@ -148,8 +148,8 @@ def saved_storages(
         storage = tensor.untyped_storage()
         key = torch_private.storage_key(storage)
         if key not in known and key not in seen:
-            # A storage that is freed before the forward ends (of a detached result) is not kept, and
-            # another storage may get its address.
+            # A storage that is freed before the forward ends is not kept for the backward. It is removed,
+            # because another storage may get its address.
             seen[key] = kind(tensor), weakref.ref(storage)
             weakref.finalize(storage, seen.pop, key)
         # Without detach, a node that keeps its own result would keep itself alive forever.
@@ -168,7 +168,7 @@ _ATTENTION = F.scaled_dot_product_attention
 
 
 class _Attention(Listener):
-    """Listener that runs the attention kernel of the model's device, because kernels keep different amounts.
+    """Listener that runs the attention kernel of the model's device, because each kernel keeps other tensors.
 
     Flash attention is supported. Other kernels that a GPU may choose count as plain operations, which keep
     scores.
@@ -222,7 +222,7 @@ class _Attention(Listener):
 
 
 def _attributes(outputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors in attributes of the autograd nodes that were written in Python."""
+    """Yield the tensors in attributes of autograd nodes of Python functions, which hooks do not see."""
     waiting = [getattr(output, "grad_fn", None) for output in pytree.tree_leaves(outputs)]
     known = set()
     while waiting:

@@ -1,9 +1,9 @@
-"""Products of low rank: the closest ones to a matrix, and ranks for several matrices within a budget.
+"""Low-rank approximation: the factors closest to a matrix, and ranks for several matrices within a budget.
 
-The factors ``B A`` of rank r that are closest to a matrix are its r leading singular triples (Eckart and
-Young 1936). With second moments ``H = L Lᵀ`` of the inputs, those of ``ΔW L`` change the outputs least: the
-mean square of the output error is ``‖(ΔW - B A) L‖²`` (as in CorDA, arXiv:2406.05223, and in SVD-LLM,
-arXiv:2403.07378).
+The product ``B A`` of rank r that is closest to a matrix consists of its r leading singular triples (Eckart
+and Young 1936). With second moments ``H = L Lᵀ`` of the inputs, the leading triples of ``ΔW L`` have the
+smallest error of the outputs. The mean square of that error is ``‖(ΔW - B A) L‖²`` (as in CorDA,
+arXiv:2406.05223, and in SVD-LLM, arXiv:2403.07378).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def low_rank_svd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return leading singular triples by subspace iteration (Halko et al. 2009, arXiv:0909.4061, 4.4, 5.1).
 
-    Same as :func:`torch.svd_lowrank`, but with its own generator. So the result is the same on every
+    Same as :func:`torch.svd_lowrank`, but with a given random generator. So the result is the same on every
     device, and independent of earlier random draws.
 
     Args:
@@ -97,16 +97,17 @@ def rank_of_energy(squares: Tensor, energy: float) -> int:
 def allocate(
     gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """Return the number of ranks for each matrix that gain most within a budget.
+    """Return the rank of each matrix that together gain most within a budget.
 
-    Greedy: the next rank goes to the matrix that gains most by it for its cost, until nothing fits. The gains
-    of a matrix fall, so that no other choice of the same cost gains more, up to the cost of one rank. Among
-    equal gains, the matrix with fewer ranks comes first.
+    The choice is greedy: the next rank goes to the matrix with the largest gain per cost, until nothing fits.
+    Each further rank of a matrix gains less, so no other choice of the same cost gains more, up to the cost
+    of one rank. Among equal gains, the matrix with the smaller rank comes first.
 
     Args:
-        gains: The gain of each further rank by name, in descending order: squared singular values.
-        costs: The cost of a rank by name.
-        budget: The largest cost of all ranks.
+        gains: For each matrix by name, the gain of each further rank, in descending order: squared singular
+            values.
+        costs: For each matrix by name, the cost of increasing its rank by one.
+        budget: The largest total cost.
     """
     ranks = dict.fromkeys(gains, 0)
     order = {name: index for index, name in enumerate(gains)}
@@ -130,12 +131,12 @@ def allocate(
 
 
 def decompose(matrices: Tensor, rank: int, root: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the factors of a rank whose product is closest to a change.
+    """Return factors of a given rank whose product is closest to a change of a weight.
 
     Args:
         matrices: The change, [n, out, in].
         rank: The rank, at most the smaller side of a matrix.
-        root: L, from :func:`root_of`. Distances are those of the outputs then.
+        root: L, from :func:`root_of`, to minimize the error of the outputs instead of that of the weight.
 
     Returns:
         A [n, r, in] and B [n, out, r]. They have equal norms, or one of them is the identity: at full rank
@@ -165,7 +166,7 @@ def _leading(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def root_of(moments: Tensor) -> Tensor:
-    """Return the Cholesky factor L of second moments ``H = L Lᵀ`` [in, in], damped until they have one."""
+    """Return the Cholesky factor L of second moments ``H = L Lᵀ`` [in, in], damped until it exists."""
     mean = float(moments.diagonal().mean())
     identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     damping = _DAMPING

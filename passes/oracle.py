@@ -1,8 +1,8 @@
-"""Comparison of an adapted model with the dense one, whose weights are ``W' = W + s · BA``.
+"""Comparison of an adapted model with the dense model, whose weights are ``W' = W + s · BA``.
 
 Both are copies with random factors. Parameters of the base that are all zero get random values, because
-zeros would hide the sites before them. One forward of each and one backward test all sites: which did not
-run, which have no gradient, and if the outputs are those of the dense weights.
+zeros would hide differences in earlier layers. One forward of each model and one backward test all sites:
+which did not run, which have no gradient, and if the outputs are equal.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 8e-2,
 }
-_QUANTIZED = 5e-2  # kernels of 8 bits round their inputs, too
-_CHANGE = 0.2  # of the root mean square of a weight
-_LIMIT = 1 << 28  # elements of adapted weights up to which a rewrite runs the check unasked
+_QUANTIZED = 5e-2  # larger, because kernels of 8 bits round their inputs, too
+_CHANGE = 0.2  # size of random changes, relative to the root mean square of a weight
+_LIMIT = 1 << 28  # elements of adapted weights up to which a rewrite runs the check
 _BLAMED = 64
 _SEED = 0
-# Operators that select by size, each with the index of the result that has the selection.
+# Operators that select elements by size, each with the index of the result that has the selected indices.
 _CHOICES: Mapping[str, int] = {
     "argmax": 0,
     "argmin": 0,
@@ -110,7 +110,7 @@ def check(model: nn.Module, example_inputs: Any) -> CheckReport:
 
     Both run as copies in evaluation mode, with random factors. The argument is not changed. Both select the
     same experts in a mixture of experts. ``rewrite`` runs this check on its example inputs, unless the
-    model is large. It takes the memory of the adapted weights once more.
+    model is large. The check needs memory for a second copy of the adapted weights.
 
     Args:
         model: A rewritten model with active adapters.
@@ -237,7 +237,7 @@ def _report(
 
 
 def _own_zeros(model: nn.Module) -> None:
-    """Replace all-zero parameters of the base by random ones: zeros would hide the sites before them."""
+    """Replace all-zero parameters of the base by random ones. Zeros would hide errors in earlier layers."""
     generator = torch.Generator().manual_seed(_SEED)
     replacements: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -255,7 +255,7 @@ def _own_zeros(model: nn.Module) -> None:
 
 
 def _is_zero(tensor: torch.Tensor) -> bool:
-    first = tensor[:1] if tensor.dim() else tensor  # it answers for most weights
+    first = tensor[:1] if tensor.dim() else tensor  # enough for most weights, and faster
     return bool(tensor.numel()) and not (bool(first.any()) or bool(tensor.any()))
 
 
@@ -312,7 +312,7 @@ def _moved(
         return old * (1 + _CHANGE * noise.clamp(-2, 2))
     if slot is not None:
         return old + _CHANGE * noise * max(size, 1e-2)
-    # The noise has the same size in both factors. The values of the initialization stay in.
+    # The noise has the same size in both factors, and is added to the initial values.
     each = math.sqrt(_CHANGE * max(size, 1e-3) / (abs(row.scale) or 1.0) / math.sqrt(row.rank))
     return old + noise * each
 
@@ -327,9 +327,9 @@ def _check_merge(
     rows: Sequence[tuple[PlannedSite, str]],
     record: Record,
 ) -> None:
-    """Compare merged weights with W + s · BA, if plain branches are all that changes them.
+    """Compare merged weights with W + s · BA, if only plain branches change them.
 
-    One weight of each form is enough: layers that are alike are merged alike.
+    One weight of each form is enough, because equal layers are merged in the same way.
     """
     every: dict[str, list[tuple[PlannedSite, str]]] = {}
     for row, name in rows:
@@ -374,7 +374,7 @@ def _look_again(
     outputs: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
     tolerance: float,
 ) -> tuple[float, float]:
-    """Estimate the effect of rounding, and raise with the sites to blame if the difference is larger.
+    """Estimate the effect of rounding, and raise if the difference is larger. Name the sites that cause it.
 
     Raises:
         CaptureError: If the outputs are not those of the dense weights.
@@ -463,7 +463,7 @@ class _Choices(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Replay the recorded selections, while the operators come in the same order."""
+        """Replay the recorded selections, as long as the operators run in the same order."""
         self._next = 0
         with self:
             yield

@@ -94,7 +94,7 @@ __all__ = [
 _log = logging.getLogger("lora_fx")
 
 Callback: TypeAlias = Callable[[str, Capture], None]
-"""Function that gets the name of each pass and the capture after it. The first name is ``capture``."""
+"""Function called after each pass with its name and the new capture, and first of all with ``"capture"``."""
 
 
 def rewrite_passes(
@@ -117,7 +117,7 @@ def rewrite_passes(
         memory: Memory setting for the backward; see :func:`lora_fx.rewrite`.
         loss: Computation of the loss, at once or in chunks; see :func:`lora_fx.rewrite`.
         strict: True to raise for entries of the configuration that select nothing.
-        loaded: True if the values of the adapter are loaded next, so that starts do not matter.
+        loaded: True if the values of the adapter are loaded next, so that no initial values are computed.
         deploy: The storage to train for; None for no rounding.
     """
     return (
@@ -162,7 +162,7 @@ def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:
 
 
 def _cheaper_passes(memory: Memory) -> tuple[Pass, ...]:
-    """Return the passes that save memory, both for one adapter and for one adapter per row."""
+    """Return the passes that save memory. They also run if each row of a batch has its own adapter."""
     return CheapDropout(), *((Recompute(),) if memory != "fast" else ())
 
 
@@ -210,9 +210,8 @@ def run_passes(
     """Run passes one after the other, and check the contract of each.
 
     Raises:
-        LoraFxError: As the pass raised it, with a note that names the pass.
-        CaptureError: For any other failure inside a pass, chained, and for a pass that breaks its contract;
-            both name the pass.
+        LoraFxError: Errors of a pass, with a note that names the pass.
+        CaptureError: If a pass raises anything else, or breaks its contract. The message names the pass.
     """
     for pass_ in passes:
         if lack := pass_.requires(capture):
@@ -426,7 +425,7 @@ class RewriteOptions:
         loss: Computation of the loss, at once or in chunks. None chooses by ``memory``.
         strict: True to raise for entries of the configuration that select nothing.
         quiet: True not to log such entries.
-        loaded: True if the values of the adapter are loaded next, so that starts do not matter.
+        loaded: True if the values of the adapter are loaded next, so that no initial values are computed.
         deploy: Name of the storage to train for; None for no rounding.
     """
 
@@ -455,10 +454,10 @@ class RewriteOptions:
         return self.loss or ("chunked" if self.memory == "least" else DEFAULT_LOSS)
 
     def check(self) -> None:
-        """Raise for values that do not exist.
+        """Raise if an option has an unknown value.
 
         Raises:
-            ConfigError: The message names the option.
+            ConfigError: With the name of the option.
         """
         check_adapter_name(self.adapter_name)
         _check_option("memory", self.memory)
@@ -583,7 +582,7 @@ def _check_option(name: str, value: object) -> None:
 
 
 def _check_scoped(model: nn.Module) -> None:
-    """Raise if the model's class cannot be replaced, because the end of a call would go unnoticed."""
+    """Raise if the model's class cannot be replaced. Then nothing would notice the end of a call."""
     if not watch.is_scoped(model):
         raise CaptureError(
             f"loss='chunked' needs another class for the whole model, and {type(model).__qualname__} makes "
@@ -618,7 +617,7 @@ def warn_of_idle_entries(plan: Plan, *, losses: bool = True) -> None:
 
     Args:
         plan: The plan.
-        losses: True to warn of losses that are not computed in chunks, because the user asked for chunks.
+        losses: True to warn of losses that are not computed in chunks. Set it if the user asked for chunks.
     """
     if plan.unmatched:
         _log.warning(
@@ -638,7 +637,7 @@ def add_adapter_parameters(
     passes: Sequence[Pass] | None = None,
     callback: Callback | None = None,
 ) -> Record:
-    """Give the model of a capture the parameters of one more adapter.
+    """Add the parameters of an adapter to the model of a capture.
 
     Args:
         capture: A model in which no other adapter has replaced a parameter of the base. Its plan
@@ -701,8 +700,8 @@ def regions_to_install(
 ) -> Iterator[Region]:
     """Yield the regions that run their graph: those that a pass has changed, and those of quantized weights.
 
-    A written-out graph replaces a forward only in modules with an adapter and their parents. Other layers
-    keep their own forward, with its fast paths, unless it would read quantized weights.
+    A graph of a written-out forward runs only in modules with an adapter, and in their parents. Other layers
+    keep their own forward with its fast paths, unless that forward would read quantized weights.
     """
     calling: set[str] = set()  # modules with branches, and their parents
     for name in [call.region for row in rows for call in row.site.calls]:

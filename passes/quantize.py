@@ -1,7 +1,7 @@
-"""Passes that quantize the weights of linear operations, which then read them in the stored format.
+"""Passes that quantize the weights of linear operations, so that the operations read quantized weights.
 
-The weights of matrix products are selected, except the output head's. A reason is given for each operation
-that is left as it is. Planning edits nothing.
+The weights of matrix products are selected, except that of the output head. The plan has a reason for each
+operation that is left as it is. Planning edits nothing.
 
 An ``nn.Linear`` layer becomes the library's own layer, if it has one. Otherwise it stays ``nn.Linear`` over
 the library's tensor. Any other operation becomes one node,
@@ -10,9 +10,9 @@ graph is the module's forward from then on. A weight of shape [in, out] is then 
 
 At most one weight at a time is dense.
 
-A model on the meta device gets its values in the same way. A buffer that no file has (the frequencies of
-rotary embeddings, positions) is computed by the model's code. A transformers model can compute it again,
-because its own loader needs that, too.
+The weights of a model on the meta device are read one at a time, and its other tensors are filled in. A
+buffer that no file has (the frequencies of rotary embeddings, positions) is computed by the model's code. A
+transformers model has a method for that, because transformers' own loader needs it, too.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class PlannedWeight:
 
     @property
     def dense_bytes(self) -> int:
-        """Return the size in bytes before."""
+        """Return the size in bytes before quantization."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -107,22 +107,22 @@ class QuantizationPlan:
 
     @property
     def bytes(self) -> int:
-        """Return the size of the quantized weights, scales included."""
+        """Return the size of the quantized weights in bytes, scales included."""
         return sum(row.bytes for row in self.weights)
 
     @property
     def dense_bytes(self) -> int:
-        """Return the size of the weights before, in bytes."""
+        """Return the size of the weights in bytes before quantization."""
         return sum(row.dense_bytes for row in self.weights)
 
     @property
     def largest_bytes(self) -> int:
-        """Return the size of the largest dense weight: at most that is dense at a time in ``quantize``."""
+        """Return the size of the largest dense weight, the only one in memory at a time in ``quantize``."""
         return max(row.dense_bytes for row in self.weights)
 
     @property
     def decoded_bytes(self) -> int:
-        """Return the size of the largest dense matrix: at most that is decoded at a time in a step."""
+        """Return the size of the largest matrix, the only one that is decoded at a time in a step."""
         return max(math.prod(row.shape[-2:]) * row.dtype.itemsize for row in self.weights)
 
     def __iter__(self) -> Iterator[PlannedWeight]:
@@ -256,7 +256,7 @@ def _exclusion(exclude: Sequence[str] | str | None) -> LoraConfig:
         raise QuantizationError(f"exclude: {problem}") from error
 
 
-# Attributes of a weight that code reads for other decisions than the product.
+# Attributes of a weight that code reads for another purpose than a product.
 _FORM = frozenset({"dtype", "shape", "size", "dim", "ndim", "numel", "element_size", "stride"})
 
 
@@ -293,7 +293,10 @@ def _computed(capture: Capture) -> dict[str, str]:
 
 
 def _read_weights(method: FunctionType) -> Iterator[str]:
-    """Yield ``child.weight`` for each such expression, unless only its class or an attribute is read."""
+    """Yield ``child.weight`` for each such expression that may read the values.
+
+    Expressions that only read the class, the dtype, the device or the shape are left out.
+    """
     code = [i for i in dis.get_instructions(method) if i.opname != "EXTENDED_ARG"]
     for index, (child, leaf) in enumerate(itertools.pairwise(code)):
         if child.opname not in _ATTRIBUTES or leaf.opname not in _ATTRIBUTES:
@@ -341,7 +344,7 @@ def _left(
 
 
 def _needs_forward(capture: Capture, site: Site) -> str | None:
-    """Return the reason why a forward that computes the product itself must stay, or None."""
+    """Return the reason why no graph can replace a forward that computes the product, or None."""
     if site.experts is not None or _is_layer(capture.model, site):
         return None
     regions = [capture.regions[call.region] for call in site.calls]
@@ -498,7 +501,7 @@ class Quantize(Pass):
 
 
 def _hand_on(model: nn.Module, before: list[tuple[str, nn.Parameter]]) -> None:
-    """Replace the dense weights by the quantized ones in lists, objects and functions of the model."""
+    """Replace dense weights by quantized ones where lists, objects and functions of the model hold them."""
     try:
         exchange(model, before)
     except MergeError as error:

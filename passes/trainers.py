@@ -1,9 +1,9 @@
-"""Detection and removal of ``forward`` functions that trainers set on instances, around the modules' own.
+"""Detection and removal of ``forward`` functions that trainers set on modules, around the modules' own.
 
 accelerate runs the forward under autocast and casts the outputs, or moves weights before and after it.
 ``torch.compile`` may be called on the method instead of the module. TRL fuses the head with the loss. All
-of this belongs to training, and a merged or exported model must not have it. Functions set by other code
-are a part of the model.
+of this belongs to training, and a merged or exported model must not have it. A ``forward`` that other code
+has set on a module is a part of the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TRAINERS = frozenset(
     }
 )
 _NEUTRAL = sys.stdlib_module_names | {"lora_fx"}
-_OLD = ("_old_forward", "_original_forward")  # accelerate's, with the former forward
+_OLD = ("_old_forward", "_original_forward")  # attributes of accelerate with the former forward
 _BESIDE = (*_OLD, "_hf_hook")
 
 
@@ -44,15 +44,15 @@ def instance_forwards(model: nn.Module) -> frozenset[str]:
 def copy_without_trainers(
     model: nn.Module, before: Collection[str], error: type[LoraFxError]
 ) -> nn.Module:
-    """Copy a rewritten model as :func:`share_copy` does, without forwards that trainers have set since then.
+    """Copy a rewritten model with :func:`share_copy`, without the forwards that trainers have set on it.
 
     Args:
         model: The model; it is not touched.
-        before: :func:`instance_forwards` at the rewrite. These forwards are a part of the model.
+        before: The result of :func:`instance_forwards` at the rewrite. These forwards belong to the model.
         error: Class of the error for a forward that trainers and other code have both set.
 
     Raises:
-        LoraFxError: If a trainer's function calls other code's function, or the other way round.
+        LoraFxError: If both a trainer and other code have wrapped the same forward.
         CaptureError: Same as for :func:`share_copy`.
     """
     restored: dict[str, str] = {}
@@ -111,7 +111,7 @@ def _packages(module: nn.Module, forward: Any) -> set[str]:
 
 
 def _path(value: Any, own: Collection[types.CodeType]) -> list[types.FunctionType]:
-    """Return the functions from the outermost down to the module's own forward, which is left out."""
+    """Return the functions on the path from a value to the module's own forward, without the latter."""
     functions = [function for function in _functions(value) if not _is_own(function, own)]
     return [
         function
@@ -145,7 +145,7 @@ def _functions(value: Any) -> Iterator[types.FunctionType]:
         elif type(current).__module__.partition(".")[0] in _TRAINERS and not isinstance(
             current, nn.Module | type
         ):
-            # An object with __call__, as accelerate puts around a forward.
+            # accelerate wraps a forward in an object with __call__.
             pending += [
                 item for item in getattr(current, "__dict__", {}).values() if callable(item)
             ]

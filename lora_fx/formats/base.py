@@ -1,8 +1,9 @@
 """The protocol of a weight format, the registry of formats, and the storage options of a weight.
 
 A format is a library's way to store a quantized matrix: a parameter of a special class, which only the
-library can read. All other code asks the format, which is looked up by the name of that class. If a library
-has its own layers, :class:`LibraryLayers` tells how to copy, trace, merge and export a model with them.
+library can read. All other code calls the methods of the format, which :func:`format_of` looks up by the name
+of that class. If a library has its own layers, :class:`LibraryLayers` has the methods to copy, trace, merge
+and export a model with them.
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ __all__ = [
 _log = logging.getLogger("lora_fx")
 
 # --- operators of ONNX ----------------------------------------------------------------------------
-# Operators of ONNX that read weights of few bits from any library, and their layout of the codes.
+# ONNX operators that read weights of at most 8 bits from any library, and functions that pack codes for them.
 #
-# ``MatMulNBits`` is ONNX Runtime's own. A dequantized weight is read by a Gemm, not by a MatMul:
-# ONNX Runtime fuses ``DequantizeLinear → MatMul`` into a product that rounds its input to 8 bits
-# (level 4 of ``session.qdq_matmulnbits_accuracy_level``, the default), which is off by 6e-3.
+# ``MatMulNBits`` is ONNX Runtime's own operator. A dequantized weight goes into a Gemm and not into a MatMul,
+# because ONNX Runtime fuses ``DequantizeLinear → MatMul`` into a product that rounds its input to 8 bits.
+# That is level 4 of ``session.qdq_matmulnbits_accuracy_level``, the default, and causes errors of 6e-3.
 
 
 CONTRIB = "com.microsoft"
@@ -99,12 +100,12 @@ def _dequantize(build: OnnxBuilder, product: OnnxProduct) -> Any:
 
 
 def multiply_values(build: OnnxBuilder, product: OnnxProduct, weight: Any) -> Any:
-    """Make the nodes of ``x Wᵀ`` after those that compute W, for an operator that dequantizes.
+    """Make the nodes that multiply the input by a dequantized weight, ``x Wᵀ``.
 
     Args:
         build: The builder of the nodes.
         product: The product.
-        weight: W, [out, in], in the dtype of the scales.
+        weight: The value W, [out, in], in the dtype of the scales.
 
     Returns:
         [..., out], in the dtype of x.
@@ -130,19 +131,21 @@ STANDARD_OPERATORS = (MATMUL_N_BITS, DEQUANTIZE_LINEAR)
 def pack_integers(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, block: int, bits: int
 ) -> OnnxWeight | NoOperator:
-    """Pack ``(code - zero) · scale``, in blocks along rows, for an operator of ONNX Runtime.
+    """Pack the codes, scales and zero points of a matrix for an operator of ONNX Runtime.
+
+    The values are ``(code - zero) · scale``, with a scale for each block of a row.
 
     Args:
         codes: Integers [out, in]: uint8 from 0 to ``2**bits - 1``, or int8 from ``-2**(bits - 1)``.
-        scales: [out, blocks], or one row for several rows of codes.
+        scales: [out, blocks of a row]. If there are fewer rows, each is used for several rows of codes.
         zeros: The zero points, in the shape of the scales; None for none.
         block: Values of a row that share a scale.
-        bits: At most 8. Codes of 4 bits or less are stored in 4, others in 8.
+        bits: Bits of a code, at most 8. Codes of 4 bits or less are stored in 4, others in 8.
 
     Returns:
-        Arrays for :data:`MATMUL_N_BITS`, or for :data:`DEQUANTIZE_LINEAR` if the codes are stored in 8 bits
-        or 16 does not divide the blocks. A refusal for :data:`DEQUANTIZE_LINEAR` if a zero point is no
-        integer of the range of the codes, or a block is cut off.
+        Arrays for :data:`MATMUL_N_BITS` if the codes are stored in 4 bits and the block is a multiple of 16
+        or a whole row. Otherwise arrays for :data:`DEQUANTIZE_LINEAR`. The latter is refused if a zero point
+        is no integer in the range of the codes, or if blocks do not divide the rows.
     """
     rows, columns = codes.shape
     bits = 4 if bits <= 4 else 8
@@ -180,7 +183,7 @@ def _blocks_of_four_bits(
     blocks = -(-columns // size)
     # Codes from -8 to 7 are stored from 0 to 15; without zero points the middle is 8.
     padded = F.pad((codes + 8).to(torch.uint8), (0, blocks * size - columns), value=8)
-    # A block of the library covers several of the operator's, or a row that does not fill the last one.
+    # A block of the library covers several blocks of the operator. The last one of a row may be padded.
     scales = scales.repeat_interleave(-(-blocks // scales.shape[1]), 1)
     if zeros is not None and bool(zeros.any()):
         zeros = zeros.repeat_interleave(-(-blocks // zeros.shape[1]), 1)
@@ -199,7 +202,7 @@ def _packed_pairs(codes: Tensor) -> Tensor:
 
 
 def _spread(value: Tensor, rows: int) -> Tensor:
-    """Repeat values of blocks to [rows, blocks]: a block may span several rows."""
+    """Repeat scales or zero points so that each row has its own, [rows, blocks of a row]."""
     return value.repeat_interleave(rows // value.shape[0], 0)
 
 
@@ -207,7 +210,7 @@ def _spread(value: Tensor, rows: int) -> Tensor:
 
 
 class LibraryLayers:
-    """The layers of a library. This base class is for a library without layers; subclass it for others.
+    """The layers of a library. Subclass it for a library with layers; this base class is for all others.
 
     Attributes:
         module: The module or package that defines the classes of its layers; empty if they are PyTorch's.
@@ -222,16 +225,17 @@ class LibraryLayers:
         return bool(self.module) and f"{cls.__module__}.".startswith(f"{self.module}.")
 
     def quantizers(self) -> Mapping[str, type]:
-        """Return quantizers of transformers that load weights as they are stored, by ``quant_method``.
+        """Return quantizers for transformers that load weights as they are stored, by ``quant_method``.
 
-        They replace those that dequantize on some devices; see :func:`lora_fx.keep_quantized`.
+        They replace transformers' own quantizers, which dequantize on some devices; see
+        :func:`lora_fx.keep_quantized`.
         """
         return {}
 
     def forward(self, cls: type[nn.Module]) -> Callable[..., Any] | None:
         """Return a function to trace instead of a layer's ``forward``; None to trace the layer's own.
 
-        It calls ``quantized_linear``.
+        The function calls ``quantized_linear``.
 
         Args:
             cls: The class of the layer. A subclass may compute something else and keeps its own forward.
@@ -247,7 +251,7 @@ class LibraryLayers:
         return None
 
     def become(self, layer: nn.Module, how: Storage) -> None:
-        """Turn an ``nn.Linear`` into a layer of the library, over its newly packed weight.
+        """Turn an ``nn.Linear`` whose weight was just packed into a layer of the library.
 
         The object stays the same, with its hooks and bias.
         """
@@ -266,9 +270,9 @@ class LibraryLayers:
         return False
 
     def adopt(self, model: nn.Module) -> None:
-        """Give each layer of a copy one parameter for its weight, if the library keeps it in several tensors.
+        """Replace the tensors of a weight by one parameter, in each layer of a copied model.
 
-        :class:`lora_fx.formats.PackedLayers` does so.
+        :class:`lora_fx.formats.PackedLayers` does so, for libraries that keep a weight in several tensors.
         """
 
     def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
@@ -280,20 +284,23 @@ class LibraryLayers:
         """
 
     def settle(self, layer: nn.Module) -> None:
-        """Fix attributes that a module of a copy, or a new one, must not have. Called for any module."""
+        """Remove or change attributes that a copied or new module must not have. Called for any module."""
 
     def renew(self, layer: nn.Module) -> None:
         """Make a layer use the scales of its new weight, which has the same format."""
 
     def scales_hook(self, layer: nn.Module) -> Callable[..., None] | None:
-        """Return a forward pre-hook that gives a layer's weight its scales again, which FSDP2 has taken away.
+        """Return a forward pre-hook that restores the scales that FSDP2 has removed from a layer's weight.
 
-        None if the weight has its scales, or only the weight had them. Called for any module.
+        None if the weight still has its scales, or if the layer has no copy of them. Called for any module.
         """
         return None
 
     def release(self, layer: nn.Module) -> None:
-        """Drop a weight's data that a module caches outside it. Called for any module of an export."""
+        """Drop references to a weight's data that a module has in other attributes.
+
+        Called for any module of an export.
+        """
 
     def describe_model(
         self, model: nn.Module, how: Storage, sites: Sequence[Site], dtype: torch.dtype
@@ -301,9 +308,9 @@ class LibraryLayers:
         """Set the attributes by which other libraries recognize a quantized model.
 
         Args:
-            model: A quantized model that is not used elsewhere, and neither is its configuration.
+            model: A quantized model. Nothing else uses the model or its configuration.
             how: The format.
-            sites: The operations whose weights are stored in it.
+            sites: The operations whose weights are stored in the format.
             dtype: The dtype of the values of the first weight.
         """
 
@@ -320,19 +327,20 @@ class WeightFormat(abc.ABC):
 
     Attributes:
         library: The library's name, which is also the name of its package.
-        title: Words for its formats, for messages; empty if it is no library's.
-        names: The formats that :func:`lora_fx.quantize` can make; none if they can only be read.
+        title: The formats of the library in words, for messages; empty to leave it out of messages.
+        names: The formats that :func:`lora_fx.quantize` can make; empty if they can only be read.
         classes: Names of the classes of its tensors.
-        blocks: Block sizes that users can choose; none for one scale a row. :meth:`storage` takes the first
+        blocks: Block sizes that users can choose; empty for one scale a row. :meth:`storage` takes the first
             by default, and messages propose another if it does not divide the rows.
-        shows_values: True if a weight reports the dtype and the shape of its values, and any code accepts a
-            dense weight instead. That is so for a subclass of ``Tensor``.
+        shows_values: True if a weight reports the dtype and the shape of its values, as a subclass of
+            ``Tensor`` does. Any code then accepts a dense weight in its place.
         any_dtype: True if its products take an input of any dtype, whatever the dtype of its values.
-        kernel_packages: Packages whose code belongs to the operation that calls it, and never to a model.
-        row_operators: Operators of the library that keep rows apart, each with the argument that has the
-            rows.
+        kernel_packages: Packages whose stack frames count as a part of the operation that calls them, and
+            not as code of a model.
+        row_operators: Operators of the library that compute each row separately, each with the name of the
+            argument that has the rows.
         layers: The layers of the library.
-        operators: Operators of ONNX that no other format has.
+        operators: ONNX operators that only this format uses.
         required: Names of the attributes that a subclass has to set.
     """
 
@@ -361,9 +369,9 @@ class WeightFormat(abc.ABC):
 
     @abc.abstractmethod
     def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
-        """Return the values of a weight, [out, in], as precise as its kernel has them for an input dtype.
+        """Return the values of a weight, [out, in], with the precision of its kernel for an input dtype.
 
-        The result may be in a wider dtype.
+        The dtype of the result may be wider.
         """
 
     def product(
@@ -378,9 +386,9 @@ class WeightFormat(abc.ABC):
     ) -> Tensor | None:
         """Compute ``x Wᵀ + b`` by a kernel differentiable in x and b; None if no kernel takes the input.
 
-        The arguments are those of :func:`lora_fx.formats.quantized_linear`. On None the caller multiplies
-        with :meth:`values`, or by ``F.linear`` if the weight :meth:`multiplies`. Neither saves the values
-        for the backward pass.
+        The arguments are those of :func:`lora_fx.formats.quantized_linear`. If the result is None, the caller
+        multiplies with :meth:`values`, or calls ``F.linear`` with the weight if :meth:`multiplies` is True.
+        In both cases the values are not saved for the backward pass.
         """
         return None
 
@@ -416,7 +424,7 @@ class WeightFormat(abc.ABC):
         return Storage(name, block_size or default, chosen=block_size is not None)
 
     def load(self, name: str) -> Any:
-        """Import the library, with :func:`import_library`, for a format chosen by name."""
+        """Import the library for a format that was chosen by name, with :func:`import_library`."""
         return None
 
     def device_objection(self, how: Storage, device: torch.device) -> str | None:
@@ -470,32 +478,34 @@ class WeightFormat(abc.ABC):
         return self.pack(values.to(quantization.dtype).contiguous(), how)
 
     def grid(self, weight: Any) -> Grid | None:
-        """Return the values that elements can have with the present scales; None if that is not known.
+        """Return the values that elements can have with the present scales; None if they are not known.
 
-        Rounding with error feedback needs it. It knows no other format than by this method.
+        Rounding with error feedback needs them.
         """
         return None
 
     def fill(self, values: Tensor, weight: Any) -> nn.Parameter:
-        """Return a frozen parameter with the scales of ``weight``, and values of its :meth:`grid`.
+        """Return a frozen parameter with new values and the scales of ``weight``.
 
-        This base class leaves it to :meth:`requantize`, for formats that keep scales that fit.
+        All values are possible values of the :meth:`grid`. This base class calls :meth:`requantize`, for
+        formats that keep scales if the values fit.
         """
         return self.requantize(values, weight)
 
     # --- stacks of matrices ---
 
     def take_apart(self, weight: Any) -> tuple[dict[str, Tensor], Any]:
-        """Return the tensors of a weight, by names, and everything else that makes it.
+        """Return the tensors of a weight by name, and a context with everything else that defines it.
 
-        Weights of equal form have equal names, shapes and remainders, so that their tensors can be stacked.
+        Weights that are stored in the same way have equal names, shapes and contexts, so that their tensors
+        can be stacked.
         """
         tensor = held(weight)
         names, context = tensor.__tensor_flatten__()
         return {name: getattr(tensor, name) for name in names}, (type(tensor), context)
 
     def put_together(self, tensors: Mapping[str, Tensor], context: Any) -> Any:
-        """Return the weight that :meth:`take_apart` has taken apart."""
+        """Return the weight with these tensors and this context: the inverse of :meth:`take_apart`."""
         kind, remainder = context
         return kind.__tensor_unflatten__(dict(tensors), remainder, None, None)
 
@@ -514,8 +524,8 @@ class WeightFormat(abc.ABC):
         """Return the hooks that save and load scales in state dicts; None if the tensor has the scales.
 
         Args:
-            parameter: Its name in its module.
-            layer: True if the module is a layer that :attr:`layers` made.
+            parameter: The name of the parameter in its module.
+            layer: True if the module has become a layer of the library.
         """
         return None
 
@@ -547,7 +557,7 @@ class Storage:
         format: A name of a registered format.
         block_size: Values that share a scale; None for one scale a row.
         double: True if the scales are quantized, too.
-        compute_dtype: The dtype in which the product is computed; None for that of its input.
+        compute_dtype: The dtype in which the product is computed; None for the dtype of the input.
         chosen: True if the user chose the block size. Otherwise a smaller one may replace a size that does
             not divide the rows.
     """
@@ -585,7 +595,7 @@ class Storage:
         return self.made_by.bytes(self.fitted(shape), shape, dtype)
 
     def objection(self, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-        """Return why a matrix [out, in] cannot be stored so, with a remedy; None if it can."""
+        """Return why these options cannot store a matrix [out, in], with a remedy; None if they can."""
         return self.made_by.objection(self.fitted(shape), shape, dtype)
 
 
@@ -606,7 +616,7 @@ def register_format(weight_format: WeightFormat) -> None:
             methods to implement.
 
     Raises:
-        ConfigError: If it is no such instance, or one of its names or classes is taken.
+        ConfigError: If the argument is no such instance, or one of its names or classes is taken.
     """
     global _formats, _by_class  # noqa: PLW0603  later weights are looked up in them
     kind = type(weight_format).__name__
@@ -655,13 +665,14 @@ def format_named(name: str) -> WeightFormat:
 
 
 def held(weight: Any) -> Any:
-    """Return the tensor of a parameter that wraps one, or the parameter if its own class is the format's.
+    """Return the quantized tensor of a weight: the tensor inside a parameter, or the parameter itself.
 
-    An export replaces a parameter by a module, which has the tensor as its attribute ``held``.
+    A parameter whose own class belongs to a format is returned unchanged. An export replaces a parameter by a
+    module, which has the tensor as its attribute ``held``.
     """
     weight = getattr(weight, "held", weight)
     cls = type(weight)
-    # An ordinary parameter holds an ordinary tensor; Dynamo cannot read its data under torch.func.
+    # The data of an ordinary parameter is an ordinary tensor. Dynamo cannot read ``.data`` under torch.func.
     if cls is nn.Parameter or cls.__name__ in _by_class or not isinstance(weight, nn.Parameter):
         return weight
     return weight.data
@@ -677,7 +688,7 @@ def format_of(weight: object) -> WeightFormat | None:
 
 
 def format_of_class(name: str) -> WeightFormat:
-    """Return the format whose weights are of a class, by the name of the class."""
+    """Return the format of weights whose class has this name."""
     return _by_class[name]
 
 
@@ -689,7 +700,10 @@ def quantization_of(weight: object) -> Quantization | None:
 
 
 def row_operators() -> Mapping[str, str]:
-    """Return all libraries' operators that keep rows apart, each with the argument that has the rows."""
+    """Return the operators of all libraries that compute each row separately.
+
+    Each has the name of the argument that has the rows.
+    """
     return {
         name: rows
         for weight_format in _formats
@@ -751,9 +765,9 @@ def stored(values: Tensor, how: Storage) -> nn.Parameter:
 def is_loadable(
     model: nn.Module, sites: Sequence[Site], layer: type[nn.Module], library: str
 ) -> bool:
-    """Return True if the quantized weights of a model are all in layers: ``from_pretrained`` loads no others.
+    """Return True if ``from_pretrained`` can load the model: all its quantized weights are in layers.
 
-    Log a warning for a model with others.
+    Otherwise, log a warning with the names of the other weights.
 
     Args:
         model: A quantized model of transformers.

@@ -4,7 +4,7 @@
 format scales                                      source
 ====== =========================================== =======================
 nf4    one for 64 values, quantized to 8 bits, too QLoRA, arXiv:2305.14314
-fp4    likewise                                    bitsandbytes
+fp4    the same                                    bitsandbytes
 ====== =========================================== =======================
 
 Weights of LLM.int8() (arXiv:2208.07339) can be read, but not made: it rounds activations in evaluation.
@@ -69,7 +69,7 @@ BitsandbytesName: TypeAlias = Literal["nf4", "fp4", "int8"]
 
 fx.wrap("quantized_linear")
 
-# The extra leaves macOS out: its wheels of bitsandbytes begin at 0.49, for macOS 14 and newer only.
+# The extra does not install bitsandbytes on macOS, whose wheels begin at 0.49 and need macOS 14 or newer.
 _REQUIREMENT: Final = "bitsandbytes>=0.49" if sys.platform == "darwin" else "lora-fx[quant]"
 
 
@@ -87,12 +87,12 @@ def _is_of_four_bits(weight: object) -> bool:
 
 def _row_scales(weight: Any) -> Any:
     """Return the largest magnitude in each row of an 8-bit weight, [out]; None if it has none."""
-    # The layer's own forward removes SCB from the weight. Copies have a second reference, row_scales.
+    # The layer's own forward removes SCB from the weight. Copies keep it in a second attribute, row_scales.
     return weight.SCB if weight.SCB is not None else getattr(weight, "row_scales", None)
 
 
 def _like(old: Any, data: Tensor, **attributes: Any) -> nn.Parameter:
-    """Return a parameter with the class and the attributes of another one, except for these attributes."""
+    """Return a parameter over ``data`` with the class and attributes of ``old``, some of them replaced."""
     parameter: nn.Parameter = torch_private.make_subclass(type(old), data, False)
     parameter.__dict__.update({name: copy.copy(value) for name, value in old.__dict__.items()})
     parameter.__dict__.update(attributes)
@@ -123,7 +123,7 @@ def _requantize_eight_bits(values: Tensor, old: Any) -> nn.Parameter:
 
 @functools.cache
 def _table(kind: str, device: torch.device) -> Tensor:
-    """Return the values of the codes: of ``nf4`` or ``fp4``, or of the ``dynamic`` codes of scales."""
+    """Return the values of all codes: for ``nf4``, ``fp4``, or ``dynamic`` (the codes of scales)."""
     functional = _library().functional
     if kind == "dynamic":
         table: Tensor = functional.create_dynamic_map().to(device)
@@ -268,7 +268,7 @@ class _Layers(LibraryLayers):
     )
 
     def _is_known(self, cls: type[nn.Module]) -> bool:
-        # A subclass from elsewhere may compute something else.
+        # A subclass from another package may compute something else.
         modules = sys.modules.get("bitsandbytes.nn.modules")
         return getattr(modules, cls.__qualname__, None) is cls
 
@@ -301,11 +301,11 @@ class _Layers(LibraryLayers):
         self.settle(layer)
 
     def objection(self, layer: nn.Module, named: str) -> str | None:
-        """Return the remaining step if the weight of a quantized class is not quantized yet."""
+        """Return the missing step if the weight of one of the library's layers is not quantized yet."""
         weight: Any = layer._parameters.get("weight")
         if not isinstance(layer, nn.Linear) or weight is None or not weight.is_floating_point():
             return None
-        # Packed numbers may lie in a parameter of any dtype.
+        # Packed codes may be stored in a parameter of any dtype, also a floating-point one.
         if getattr(weight, "bnb_quantized", False):
             return None
         if getattr(weight, "has_fp16_weights", False):
@@ -323,7 +323,7 @@ class _Layers(LibraryLayers):
         return str(getattr(hook, "__module__", "")).startswith("bitsandbytes.")
 
     def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
-        """Copy the state of an 8-bit layer without its tensors, and put the scales on its weight."""
+        """Copy the state of an 8-bit layer but not its tensors, and set the scales on the copied weight."""
         if isinstance(layer, torch.jit.ScriptModule):
             return
         weight, state = layer._parameters.get("weight"), layer.__dict__.get("state")
@@ -331,7 +331,7 @@ class _Layers(LibraryLayers):
             return
         memo[id(state)] = copy.copy(state)
         twin, source = memo[id(weight)], weight
-        # Its first call moves the scales from the weight to the state.
+        # The layer's first call moves the scales from the weight to the state.
         twin.CB = source.CB if source.CB is not None else state.CB  # type: ignore[union-attr]
         twin.SCB = source.SCB if source.SCB is not None else state.SCB  # type: ignore[union-attr]
         twin.row_scales = twin.SCB
@@ -346,7 +346,7 @@ class _Layers(LibraryLayers):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
     def renew(self, layer: nn.Module) -> None:
-        """Update the scales on the layer, where its own forward looks for them."""
+        """Update the scales in the layer's attributes, which its own forward reads."""
         weight, state = layer._parameters.get("weight"), layer.__dict__.get("state")
         if _is_of_four_bits(weight):
             layer.__dict__["quant_state"] = weight.quant_state  # type: ignore[union-attr]
@@ -372,10 +372,10 @@ class _Layers(LibraryLayers):
     def describe_model(
         self, model: nn.Module, how: Storage, sites: Sequence[Site], dtype: torch.dtype
     ) -> None:
-        """Give a model of transformers whose weights are all in layers a configuration.
+        """Set the configuration of a transformers model whose quantized weights are all in layers.
 
-        With it ``from_pretrained`` loads a folder that ``save_pretrained`` has written of the model. For any
-        other model, log a warning that it cannot.
+        With it, ``from_pretrained`` loads the folder that ``save_pretrained`` writes. If a quantized weight
+        is not in a layer, log a warning instead, because ``from_pretrained`` cannot load such a model.
         """
         model.__dict__["is_loaded_in_4bit"] = True
         library: Any = sys.modules.get("transformers")
@@ -423,7 +423,7 @@ _QUANT_TYPES: Final = {"fp4": 0, "nf4": 1}
 
 
 def _matmul(build: OnnxBuilder, product: OnnxProduct) -> Any:
-    """Make the node of ONNX Runtime's own operator, which has the library's table."""
+    """Make the node of ``MatMulBnb4``, ONNX Runtime's operator with the library's table of values."""
     kind = {"quant_type": _QUANT_TYPES[product.scheme], "transB": 1}
     inputs = [product.x, *product.arrays[:2]]
     return build.product("MatMulBnb4", inputs, {**packed_sizes(product), **kind}, domain=CONTRIB)
@@ -433,7 +433,7 @@ _MATMUL_BNB4: Final = OnnxOperator("MatMulBnb4", _matmul)
 
 
 def _blocks_in_order(weight: Any, stored: Quantization) -> bool:
-    """Return True if a weight's values match its codes: CPU kernels begin a new block in each row."""
+    """Return True if this device's kernel uses the right scales: CPU kernels begin a block in each row."""
     state = weight.quant_state
     if stored.shape[1] % int(state.blocksize) == 0:
         return True
@@ -564,8 +564,8 @@ class BitsandbytesFormat(WeightFormat):
             f"{', '.join(sorted(supported - {'npu', 'hpu'}))}. Use 'int8' or 'int4', or device='cpu'"
         )
 
-    # Blocks continue from row to row, but the CPU kernel (0.50) reads the scales of other blocks then:
-    # objection() refuses sizes that do not divide a row.
+    # If a block continues in the next row, the CPU kernel (0.50) reads wrong scales. So objection() refuses
+    # sizes that do not divide a row.
 
     def bytes(self, how: Storage, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """See :class:`WeightFormat`."""
@@ -598,7 +598,7 @@ class BitsandbytesFormat(WeightFormat):
         return make(values, weight)
 
     def grid(self, weight: Any) -> Grid | None:
-        """See :class:`WeightFormat`. Blocks of four bits have to divide the rows."""
+        """See :class:`WeightFormat`. None if blocks of four bits do not divide the rows."""
         if not _is_of_four_bits(weight):
             levels, scales = integer_levels(8)[1:], _row_scales(weight).reshape(-1, 1) / 127
             return CodeGrid.of_blocks(levels, scales, weight.shape, None)
@@ -676,7 +676,7 @@ class BitsandbytesFormat(WeightFormat):
             twin.quant_state = _shallow(twin.quant_state, memo)
             if getattr(twin.quant_state, "packing_format_for_cpu", False):
                 twin.data, _ = _unpacked(plain, twin.quant_state)
-        # It would set a new state on the layer of the original.
+        # The copied weight would set a new state on this module, which is the layer of the original.
         if hasattr(twin, "module"):
             twin.module = None
         return twin  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""Experts of compressed-tensors, loaded as stacks; transformers alone decompresses them.
+"""Experts of compressed-tensors, loaded as stacks. Without this, transformers decompresses them.
 
-A checkpoint has the matrices of each expert by themselves (``experts.0.gate_proj.weight_packed``), and the
-model has one parameter for all of them (``experts.gate_up_proj``). That becomes a stack, with a piece for
-each matrix of an expert: two for ``gate_up_proj``.
+A checkpoint has a separate tensor for each matrix of an expert (``experts.0.gate_proj.weight_packed``). The
+model has one parameter for the matrices of all experts (``experts.gate_up_proj``). This parameter becomes a
+stack, with a piece for each matrix of an expert: two for ``gate_up_proj``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _stack_operation() -> type:
         """Stacks the compressed matrices of experts.
 
         Attributes:
-            plain: The conversion of a dense checkpoint.
+            plain: The conversion that transformers has for a dense checkpoint.
         """
 
         plain: Any = None
@@ -98,13 +98,14 @@ def _stacked_by(conversion: Any, plain: Any, quantizer: Any) -> dict[str, tuple[
     """Let a conversion of the loader make stacks.
 
     Args:
-        conversion: A conversion whose first operation stacks; it is changed. If operations other than the
-            union of matrices follow, it decompresses the experts as usual.
-        plain: The conversion of a dense checkpoint.
+        conversion: A conversion whose first operation stacks; it is changed. If operations follow that do not
+            only join matrices, the conversion decompresses the experts as usual.
+        plain: The conversion that transformers has for a dense checkpoint.
         quantizer: The quantizer.
 
     Returns:
-        The names of an expert's matrices, by the end of the name of the stack; none if it decompresses.
+        The names of an expert's matrices, by the end of the name of the stack. Empty if the conversion
+        decompresses.
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist
     from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
@@ -121,7 +122,7 @@ def _stacked_by(conversion: Any, plain: Any, quantizer: Any) -> dict[str, tuple[
 
 
 def _convert_dense_only(model: Any) -> None:
-    """Restore the conversions of dense experts. A state dict has the names of the file for stacks already."""
+    """Restore the conversions of dense experts. Stacks need none to save: they have the names of the file."""
     vars(model)["_weight_conversions"] = [
         getattr(_first_operation(conversion), "plain", None) or conversion
         for conversion in vars(model).get("_weight_conversions", ())
@@ -129,7 +130,7 @@ def _convert_dense_only(model: Any) -> None:
 
 
 def _state_dict(model: nn.Module, projections: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """Return the state dict of a model, with the matrices of each expert."""
+    """Return the state dict of a model, with separate entries for the matrices of each expert."""
     state = model.state_dict()
     for name, stack in model.named_parameters():
         for end, names in projections.items():
@@ -162,8 +163,8 @@ def _stack(
 
     Args:
         tensors: The tensors of all experts, by the pattern of their names in the checkpoint.
-        patterns: The patterns of the matrices. If the stack joins several, such as gate and up, the order is
-            that of the rows.
+        patterns: The patterns of the matrices. If the stack joins several, such as gate and up, they are in
+            the order of their rows.
         name: The FQN of the parameter.
         model: The model. It still has the dense parameter, which gives the shape.
         scheme: The settings of compressed-tensors for the experts.
@@ -190,7 +191,7 @@ def _stack(
 def _taken_apart(
     state: dict[str, Tensor], name: str, stack: StackedTensor, projections: tuple[str, ...]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of each expert's matrices, and remove those of the stack."""
+    """Yield the tensors of each expert's matrices, and remove the stack's tensors from the state dict."""
     owner, _, leaf = name.rpartition(".")
     for key in stack.options.keys:
         for expert, tensor in enumerate(state.pop(f"{owner}.{leaf}_{key}")):

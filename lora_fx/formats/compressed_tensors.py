@@ -43,9 +43,9 @@ class _Scheme(NamedTuple):
     """The storage of a weight.
 
     Attributes:
-        name: The type of the values, as ``int4``.
+        name: The type of the values, such as ``int4``.
         bits: Bits of a value.
-        block: Values of a row that share a scale; None for a row.
+        block: Values of a row that share a scale; None for all values of a row.
         rows: Rows that share a scale.
         compressor: The name of the library's compressor.
         scheme: The library's scheme, as JSON.
@@ -79,7 +79,7 @@ def _compressor(options: _Scheme) -> Any:
 
 
 def _text(choice: Any) -> str:
-    """Return the value of the library's enumerations, which its schemes hold as texts."""
+    """Return the text of a choice: schemes of the library have an enumeration member or its text."""
     return str(getattr(choice, "value", choice))
 
 
@@ -143,7 +143,7 @@ class _Layers(PackedLayers):
         return {"compressed-tensors": experts_quantizer()}
 
     def adopt(self, model: nn.Module) -> None:
-        """See :class:`PackedLayers`. The hook goes unless something else is compressed, as an embedding."""
+        """See :class:`PackedLayers`. Also remove the library's hook, unless other weights still need it."""
         super().adopt(model)
         compressed = False
         for layer in model.modules():
@@ -160,7 +160,7 @@ class _Layers(PackedLayers):
 
 
 def pack_zero_points(model: nn.Module) -> None:
-    """Give zero points on the meta device the shape of stored ones, which the library (0.20) forgets."""
+    """Give zero points on the meta device their packed shape, which the library (0.20) does not set."""
     for layer in model.modules():
         zeros, packed = (
             layer._parameters.get(f"weight_{name}") for name in ("zero_point", "packed")
@@ -271,7 +271,7 @@ class CompressedTensorsFormat(PackedFormat):
 
 
 def _grid(weight: Any) -> tuple[Tensor, Tensor]:
-    """Return scales and zero points in fp32, [rows of scales, scales of a row]."""
+    """Return scales and zero points in fp32, in the shape [blocks of rows, blocks of columns]."""
     parts, options = weight.parts, weight.options
     scales, zeros = parts["weight_scale"], parts.get("weight_zero_point")
     if scales.dtype == torch.uint8:  # exponents of two

@@ -23,16 +23,16 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp16": torc
 
 
 def deployment(name: str, option: str = "deploy") -> Deployment:
-    """Return the storage of a name: one of :data:`DTYPES`, or a format with its default options.
+    """Return the storage with a name: a dtype of :data:`DTYPES`, or a format with its default options.
 
-    A name that no format makes is accepted if it can be that of a quantized base. The plan checks it.
+    Any other name is accepted, too, because it may be the format of a quantized base. The plan checks it.
 
     Args:
         name: The name.
         option: The option that has this value, for the error.
 
     Raises:
-        ConfigError: If it is no name. The message lists the names.
+        ConfigError: If the name is empty or no string. The message lists the names.
         QuantizationError: If the library of the format is missing.
     """
     argument: object = name
@@ -77,8 +77,8 @@ def rounded(values: Tensor, weight: Tensor, how: Deployment) -> Tensor:
 
     Args:
         values: The adapted weight, [out, in], in fp32 or fp64.
-        weight: The weight of the base. A quantized one keeps its form, and formats that keep scales keep its
-            scales. The values of a dense one are first rounded to its dtype.
+        weight: The weight of the base. If it is quantized, the result has the same format, and also the same
+            scales if the format keeps them. If it is dense, the values are first rounded to its dtype.
         how: The storage.
     """
     if how.dtype is not None:

@@ -105,10 +105,10 @@ class _Layers(PackedLayers):
             return None
         _, rows, columns = codes.shape
         block: Any = layer.block_size or (rows, columns)
-        if scales.shape[1] != -(-rows // block[0]):  # gate and up have scales of their own
+        if scales.shape[1] != -(-rows // block[0]):  # gate and up have separate scales
             block = (rows // scales.shape[1], block[1])
         elif name.startswith("gate_up") and block[0] < rows and rows // 2 % block[0]:
-            return None  # a block ends with the gate
+            return None  # the last block of the gate is smaller than the others
         tensors = {name: codes.detach(), f"{name}_scale_inv": scales.detach()}
         parts = Parts(tensors, codes.shape, tuple(block))
         return stack_parts(FP8BlockTensor, ("weight", "weight_scale_inv"), parts, dtype)
@@ -118,7 +118,7 @@ class _Layers(PackedLayers):
         from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
         class Quantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
-            """Keeps FP8 on any device."""
+            """Quantizer that keeps FP8 on any device."""
 
             def validate_environment(self, *_: Any, **__: Any) -> None:
                 pass
@@ -191,7 +191,7 @@ class FineGrainedFP8Format(PackedFormat):
         parts = encoder.convert({"weight": values})
         shape = (scales.shape[0], block[0], scales.shape[1], block[1])
         largest = values.abs().reshape(shape).amax((1, 3))
-        # Values in half precision may be a little outside of the range, and become its largest code.
+        # Values in half precision may be a little outside of the range, and get the largest code.
         fits = largest <= scales * torch.finfo(_CODES).max * (1 + 1 / 32)
         on_old = (values.reshape(shape) / scales[:, None, :, None]).to(_CODES).view(torch.uint8)
         on_new = parts["weight"].view(torch.uint8).reshape(shape)
@@ -212,7 +212,7 @@ class FineGrainedFP8Format(PackedFormat):
         return CodeGrid.of_blocks(float8_levels(_CODES), scales, weight.shape, columns, rows=rows)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
-        """Return lines of values that share a scale: the operator's blocks are parts of a row."""
+        """Return the codes in lines that share a scale, because the operator's blocks are parts of a row."""
         codes, scales, (rows, columns) = _codes_and_scales(weight)
         out_features, in_features = stored.shape
         line = math.gcd(columns, in_features)

@@ -2,7 +2,7 @@
 
 A layer has codes of 2 to 8 bits (``qweight``). For each group of inputs and each output, it has a zero point
 in as many bits (``qzeros``) and a scale in half precision. GPTQ packs codes along inputs, and ``g_idx`` has
-the group of each input, in any order (act-order). AWQ packs them along outputs, those of 4 bits in a
+the group of each input, in any order (act-order). AWQ packs codes along outputs. Its codes of 4 bits are in a
 different order.
 
 The library has a class for each kernel, and some kernels repack a layer in the first call. In a copy that
@@ -117,11 +117,11 @@ def pack_codes(codes: Tensor, bits: int, *, interleaved: bool = False) -> Tensor
 
 
 class _Grid(NamedTuple):
-    """The numbers of a weight, [in, out]: its values are ``(codes - zeros[groups]) · scales[groups]``.
+    """Codes, zero points and scales of a weight. Its values are ``(codes - zeros[groups]) · scales[groups]``.
 
     Attributes:
         codes: int8, or int16 for 8 bits, so that ``codes - zeros`` does not overflow, [in, out].
-        zeros: The same, [groups, out].
+        zeros: Zero points in the dtype of the codes, [groups, out].
         scales: [groups, out].
         groups: The group of each input.
     """
@@ -133,7 +133,7 @@ class _Grid(NamedTuple):
 
     @classmethod
     def of(cls, weight: Any) -> _Grid:
-        """Return the numbers of a weight."""
+        """Unpack a weight."""
         parts, (bits, group, awq) = weight.parts, weight.options
         rows, columns = weight.shape
         integers = torch.int16 if bits == 8 else torch.int8
@@ -145,7 +145,7 @@ class _Grid(NamedTuple):
         else:
             codes = unpack_codes(parts["qweight"], bits, columns)
             groups = parts["g_idx"].long()
-        # Differences of tensors with other strides are slow.
+        # Make both contiguous, because subtracting tensors with different strides is slow.
         codes, zeros = codes.contiguous().to(integers), zeros.contiguous().to(integers)
         return cls(codes, zeros, parts["scales"], groups)
 
@@ -216,7 +216,7 @@ class _Layers(PackedLayers):
             return
         for module in model.modules():
             settings = getattr(vars(module).get("config"), "quantization_config", None)
-            # An object of transformers, or a dict of gptqmodel.
+            # transformers sets an object here, gptqmodel a dict.
             fields = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
             if fields.get("quant_method") == "gptq" and fields.get("format", "gptq") == "gptq":
                 names = ("format", "checkpoint_format")
@@ -260,7 +260,7 @@ class GPTQModelFormat(PackedFormat):
             new_zeros = (lowest / -new).round().clamp(0, last)
         zeros = torch.where(fits, zeros, new_zeros)
         step = torch.where(fits, step, new).to(scales.dtype)
-        divisors = torch.where(step > 0, step, 1).float()  # as they are stored
+        divisors = torch.where(step > 0, step, 1).float()  # rounded to the dtype of the scales
         codes = (values / divisors[groups] + zeros[groups]).round().clamp(0, last)
         interleaved = awq and bits == 4
         words = pack_codes(codes.T if awq else codes, bits, interleaved=interleaved)

@@ -30,7 +30,7 @@ FP4_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def integer_levels(bits: int, *, signed: bool = True) -> Tensor:
-    """Return all integers of some bits."""
+    """Return all integers that a number of bits can store, in ascending order."""
     first = -(1 << (bits - 1)) if signed else 0
     return torch.arange(first, first + (1 << bits))
 
@@ -67,7 +67,7 @@ class Grid(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, first: int, last: int) -> Grid:
-        """Return the grid of some rows of the matrix."""
+        """Return the grid of the matrix's rows from ``first`` to ``last``, without the last."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

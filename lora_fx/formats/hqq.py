@@ -1,8 +1,8 @@
 """HQQ (half-quadratic quantization): the layers of the library hqq, and weights that it quantizes.
 
-A layer has codes of 1 to 8 bits (``W_q``). Values that share a scale are a row (axis 1) or a column (axis 0)
-of the matrix in another shape. The zero points are no integers. Scales and zero points have the dtype of the
-product, in which the library computes ``(code - zero) · scale``.
+A layer has codes of 1 to 8 bits (``W_q``). The matrix is reshaped, and the values of a row (axis 1) or of a
+column (axis 0) share a scale: they are a group. The zero points are no integers. Scales and zero points have
+the dtype of the product, in which the library computes ``(code - zero) · scale``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Settings(NamedTuple):
         return packing
 
     def grouped(self, values: Tensor) -> Tensor:
-        """Return a matrix in the shape of the codes."""
+        """Reshape a matrix so that each group is a row (axis 1) or a column (axis 0)."""
         if not self.channel_wise:
             return values
         return values.reshape((-1, self.group_size) if self.axis else (self.group_size, -1))
@@ -130,10 +130,10 @@ class _Layers(PackedLayers):
 
 
 def _plain(meta: Mapping[str, Any], name: str, device: torch.device) -> Tensor:
-    """Return the scales or zero points of a layer. Older versions quantized and offloaded them.
+    """Return the scales or zero points of a layer, also if an older version quantized and offloaded them.
 
-    The library optimizes zero points in inference mode. Nothing can be written into such a tensor, so it is
-    copied.
+    The library optimizes zero points in inference mode. Nothing can be written into such tensors, so they
+    are copied.
     """
     quantized = meta[f"quant_{name}"]
     if "zero_scale" in meta:
@@ -204,7 +204,7 @@ class HqqFormat(PackedFormat):
         return import_library(_MODULE, name, "lora-fx[hqq]")
 
     def objection(self, how: Storage, shape: Sequence[int], dtype: torch.dtype) -> str | None:
-        """See :class:`WeightFormat`. Codes of one byte belong to different groups."""
+        """See :class:`WeightFormat`. HQQ packs codes of several groups into a byte."""
         assert how.block_size is not None
         together = _CODES_IN_A_BYTE.get(int(how.format[3:]), 1)
         groups = math.prod(shape) // how.block_size
@@ -225,7 +225,8 @@ class HqqFormat(PackedFormat):
         again: Any = _quantized(values.float(), settings, weight.scale.dtype)
         groups = settings.grouped(values)
         old_grid, new_grid = ((tensor.scale, tensor.zero) for tensor in (weight, again))
-        # The values of 8 bits in bf16 are rounded by half a step. So the nearest code may be another.
+        # Keep the codes of unchanged values. In bf16 the values of 8-bit codes are rounded by up to half a
+        # step, so that the nearest code may be another one.
         same = groups == settings.grouped(self.decode(weight))
         codes = torch.where(same, _codes(weight), settings.encode(groups, *old_grid))
         new_codes = settings.encode(groups, *new_grid)
@@ -240,7 +241,7 @@ class HqqFormat(PackedFormat):
         return parameter
 
     def grid(self, weight: Any) -> Grid | None:
-        """See :class:`WeightFormat`. Groups are parts of a row, unless the weight has another axis."""
+        """See :class:`WeightFormat`. None if the groups are not parts of a row."""
         settings: Settings = weight.options
         if settings.axis != 1 or not settings.channel_wise:
             return None
@@ -274,7 +275,7 @@ def _codes(weight: Any) -> Tensor:
 def _quantized(values: Tensor, settings: Settings, dtype: torch.dtype) -> nn.Parameter:
     """Return a frozen parameter with these values, quantized as an ``HQQLinear`` of a dtype does."""
     how = settings._asdict()
-    if values.is_meta:  # the optimizer reads its error
+    if values.is_meta:  # the optimizer compares errors, which have no values there
         how["optimize"] = False
     codes, meta = _library().Quantizer.quantize(values, **how, device=str(values.device))
     # See _plain: zero points may be tensors of inference mode.

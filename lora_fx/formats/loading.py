@@ -15,17 +15,17 @@ __all__ = ["keep_quantized"]
 
 _lock = threading.Lock()
 _original: list[dict[str, type]] = []
-"""The table of transformers as it was, once for each active context."""
+"""Copies of transformers' table before it was changed, one for each active context."""
 
 
 @contextlib.contextmanager
 def keep_quantized() -> Iterator[None]:
     """Keep ``from_pretrained`` of transformers from dequantizing FP8 and MXFP4, on any device.
 
-    Inside this context, it loads FP8 (DeepSeek-V3, Qwen3-FP8) also without a GPU, and MXFP4 (gpt-oss) into
-    the dense model's own experts. Otherwise it would dequantize them to bf16, or load a model that only
-    kernels for inference can run. Other checkpoints are loaded as usual. It changes a table of transformers
-    while it is active, so do not load other models in other threads meanwhile.
+    Inside this context, ``from_pretrained`` loads FP8 (DeepSeek-V3, Qwen3-FP8) also without a GPU, and MXFP4
+    (gpt-oss) into the dense model's own experts. Otherwise it would dequantize them to bf16, or load a model
+    that only kernels for inference can run. Other checkpoints are loaded as usual. The context changes a
+    table of transformers while it is active, so do not load other models in other threads meanwhile.
 
     Example:
         >>> with lora_fx.keep_quantized():

@@ -51,7 +51,7 @@ def _quantizer() -> type:
     from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 
     class Stack(_library().Mxfp4Dequantize):  # type: ignore[misc]
-        """Puts blocks and scales into a parameter, where the library dequantizes them."""
+        """Operation of transformers' loader that stacks blocks and scales instead of dequantizing them."""
 
         def convert(
             self, input_dict: Any, model: Any = None, full_layer_name: str = "", **_: Any
@@ -64,7 +64,7 @@ def _quantizer() -> type:
             return {full_layer_name: stacked_experts(name, blocks, scales, dense)}
 
     class Quantizer(Mxfp4HfQuantizer):  # type: ignore[misc]
-        """Leaves the layers of the model as they are."""
+        """Quantizer that leaves the layers of the model as they are."""
 
         def validate_environment(self, *_: Any, **__: Any) -> None:
             pass
@@ -74,7 +74,7 @@ def _quantizer() -> type:
 
         def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
             follow_stacks(model)
-            # State dicts have the names of the file already.
+            # State dicts have the names of the file already, so saving must not convert stacks.
             conversions = vars(model).get("_weight_conversions", ())
             kept = [conversion for conversion in conversions if not _makes_stacks(conversion)]
             vars(model)["_weight_conversions"] = kept
@@ -110,7 +110,7 @@ def stacked_experts(name: str, blocks: Tensor, scales: Tensor, dense: Tensor) ->
         name: The name of the parameter.
         blocks: uint8 [E, out, in / 32, 16].
         scales: uint8 [E, out, in / 32].
-        dense: The parameter that it replaces.
+        dense: The dense parameter that the result replaces.
     """
     experts, out_features, groups = scales.shape
     shape = (experts, groups * _BLOCK, out_features)
@@ -145,8 +145,8 @@ class MXFP4Format(PackedFormat):
         """See :class:`WeightFormat`. A block keeps its exponent unless one that fits has less error."""
         rows = values.float().reshape(values.shape[0], -1, _BLOCK)
         old = weight.parts["scales"].int() - 127
-        # MX 1.0, section 6.3: the exponent of the largest value, less that of the largest code. It cuts off
-        # values over 6, and the next one does not.
+        # MX 1.0, section 6.3: the exponent of the largest value, minus that of the largest code, 6. Values
+        # whose code would be over 6 are cut off. With the next exponent, none are.
         smallest = torch.frexp(rows.abs().amax(-1)).exponent - 1 - 2
         exponents, codes, least = old, _codes(rows, old), _error(rows, old)
         for other in (smallest, smallest + 1):
@@ -169,7 +169,7 @@ class MXFP4Format(PackedFormat):
         return CodeGrid.of_blocks(levels, scales, weight.shape, _BLOCK)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight:
-        """Return the codes in eight bits, as twice the values: no operator of opsets 20 to 22 reads FP4."""
+        """Return int8 codes that are twice the FP4 values: no operator of opsets 20 to 22 reads FP4."""
         blocks, scales = weight.parts["blocks"], weight.parts["scales"]
         signed = torch.tensor([*FP4_SIZES, *(-value for value in FP4_SIZES)]) * 2
         pairs = torch.stack([blocks & 15, blocks >> 4], -1).long()
@@ -184,7 +184,7 @@ def _codes(rows: Tensor, exponents: Tensor) -> Tensor:
 
     Args:
         rows: The values, [rows, blocks, 32].
-        exponents: The exponents of two of the blocks, [rows, blocks].
+        exponents: The exponent of each block, to the base 2, [rows, blocks].
     """
     values = torch.ldexp(rows, -exponents.unsqueeze(-1))
     table = torch.tensor(FP4_SIZES, device=values.device)

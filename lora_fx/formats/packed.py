@@ -1,8 +1,9 @@
-"""Weights that a library keeps as several tensors of a layer: one tensor that stands for the matrix.
+"""Weights that a library keeps as several tensors of a layer, and a tensor subclass that joins them.
 
-Many checkpoints have codes, scales and zero points as parameters of their own in each layer. In a copy of
-such a model, :meth:`PackedLayers.adopt` replaces them by one parameter, ``weight``, whose class a
-:class:`~lora_fx.formats.WeightFormat` knows. State dicts keep the library's own keys.
+Many checkpoints have codes, scales and zero points as separate parameters of each layer. In a copy of such a
+model, :meth:`PackedLayers.adopt` replaces them by one parameter, ``weight``. It is a :class:`PackedTensor`,
+which looks like the matrix and has the separate tensors as its parts. State dicts keep the library's own
+keys.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ _aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parts:
-    """The tensors of a layer that are one weight.
+    """The tensors of a layer that together store one weight.
 
     Attributes:
         tensors: The tensors, by their names in the layer.
         shape: Rows and columns of the matrix, [out, in].
         options: The remaining settings of the weight. Weights with equal options are decoded alike.
-        dtype: The dtype of the layer's output. If it is None, the layer computes in the dtype that most of
-            the model's weights have that are not quantized.
+        dtype: The dtype of the layer's output. None for the dtype of most values that are not quantized; see
+            :func:`dtype_of_plain`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -64,7 +65,8 @@ class PackedTensor(Tensor):
     Attributes:
         part_names: The names of the tensors in the layer, which are also attributes of the weight.
         options: The remaining settings of the weight.
-        key: The argument by which operators know how to read the parts; see :func:`form_of`.
+        key: The key with which :func:`form_of` returns the class, the part names and the options. Operators
+            take it as an argument.
     """
 
     part_names: tuple[str, ...]
@@ -77,7 +79,7 @@ class PackedTensor(Tensor):
         tensor = torch_private.make_wrapper_subclass(
             cls, tuple(parts.shape), dtype=dtype, device=device
         )
-        # Dynamo finds attributes, but nothing that __getattr__ returns.
+        # Set attributes, because Dynamo does not find values that __getattr__ returns.
         tensor.__dict__.update(parts.tensors)
         tensor.part_names, tensor.options = tuple(parts.tensors), parts.options
         tensor.key = _registered(cls, tensor.part_names, parts.options)
@@ -95,14 +97,14 @@ class PackedTensor(Tensor):
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """Return the names of the parts, and what else makes the tensor."""
+        """Return the names of the parts, and a context with the shape, the dtype and the options."""
         return list(self.part_names), (tuple(self.shape), self.dtype, self.options)
 
     @classmethod
     def __tensor_unflatten__(
         cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any
     ) -> PackedTensor:
-        """Return the tensor that :meth:`__tensor_flatten__` has taken apart."""
+        """Return the tensor with these parts and this context: the inverse of :meth:`__tensor_flatten__`."""
         shape, dtype, options = context
         return cls(Parts(inner, shape, options), dtype)
 
@@ -116,17 +118,20 @@ class PackedTensor(Tensor):
     def mapped(
         self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
     ) -> PackedTensor:
-        """Return a tensor with the result of a function for each part."""
+        """Return a tensor with the same options, after calling a function on each part."""
         tensors = {name: function(part) for name, part in self.parts.items()}
         return type(self)(Parts(tensors, self.shape, self.options), dtype or self.dtype)
 
     def with_parts(self, tensors: Mapping[str, Tensor]) -> nn.Parameter:
-        """Return a frozen parameter of the same form with other tensors, by the names of its parts."""
+        """Return a frozen parameter with the same options and some parts replaced, by their names."""
         parts = Parts({**self.parts, **tensors}, self.shape, self.options)
         return nn.Parameter(type(self)(parts, self.dtype), requires_grad=False)
 
     def decoded(self) -> Tensor:
-        """Return the values; for a compiler, which cannot follow the library's code, by one operator."""
+        """Return the values.
+
+        Under a compiler, which cannot trace the library's code, they are computed by one operator.
+        """
         if type(self.__dict__[self.part_names[0]]) is Tensor:
             return _format(self).decode(self)
         values: Tensor = _decode_operator()(list(self.parts.values()), self.key, list(self.shape))
@@ -160,7 +165,7 @@ class PackedTensor(Tensor):
         if func is _aten.dequantize.self:
             return first.decoded()
         if func is _aten.copy_.default and torch.equal(args[1], dense(first, args[1].dtype)):
-            return first  # DistributedDataParallel sends the values that all processes have
+            return first  # DistributedDataParallel sends values that all processes already have
         if torch_private.schema_of(func).is_mutable:
             raise NotImplementedError(f"{func} would write into values, which are not stored")
         args, kwargs = torch_private.pytree.tree_map_only(PackedTensor, dense, (args, kwargs))
@@ -192,9 +197,10 @@ _keys: dict[tuple[type, tuple[str, ...], int], tuple[str, Any]] = {}
 
 
 def _registered(cls: type[PackedTensor], names: tuple[str, ...], options: Any) -> str:
-    """Return the key of a form, and remember the form.
+    """Store the class, the part names and the options of a tensor, and return a key for :func:`form_of`.
 
-    That is done when a tensor is made: what traced code writes is written only after the graph has run.
+    Each tensor calls this in its constructor. Later would be too late, because Dynamo writes the globals of
+    traced code only after the graph has run.
     """
     form = (cls, names, id(options))
     if form not in _keys:
@@ -284,7 +290,7 @@ class PackedFormat(WeightFormat):
     def saved_settings(self, weight: Any) -> Mapping[str, Tensor]:
         """Return settings that the library's layers save as tensors, by their names in a state dict.
 
-        They follow from the options of a weight. A state dict that has others is refused.
+        They follow from the options of the weight. A state dict with other settings is refused.
         """
         return {}
 
@@ -296,7 +302,7 @@ class PackedFormat(WeightFormat):
 
     def state_hooks(self, parameter: str, *, layer: bool) -> StateHooks:
         """See :class:`WeightFormat`."""
-        # A layer has the names of its library. Another module may have several weights.
+        # A layer keeps the library's names. Another module may have several weights, so it adds a prefix.
         start = "" if layer else f"{parameter}_"
         return StateHooks(_LoadParts(parameter, start), _SaveParts(parameter, start))
 
@@ -312,9 +318,9 @@ class PackedLayers(LibraryLayers, abc.ABC):
 
     @abc.abstractmethod
     def parts(self, layer: nn.Module) -> Parts | None:
-        """Return the tensors of a layer that are its weight; None for other modules and other forms.
+        """Return the tensors that store the weight of a layer; None if the layer is not supported.
 
-        The layer has to compute ``x Wᵀ + layer.bias``, because it becomes an ``nn.Linear`` if it is none.
+        The layer has to compute ``x Wᵀ + layer.bias``, because :meth:`adopt` turns it into an ``nn.Linear``.
         """
 
     def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
@@ -366,7 +372,7 @@ def dtype_of_plain(model: nn.Module) -> torch.dtype:
     """Return the dtype of most values outside of quantized weights; bfloat16 for a model without any."""
     counts = dict.fromkeys(FLOATS, 0)
     for parameter in model.parameters():
-        # Scales are in fp32 whatever the model computes in, and a vector of them is no hint.
+        # Count elements, not parameters: scales and norms are fp32 in many models, but small.
         if parameter.dtype in counts and not isinstance(parameter, PackedTensor):
             counts[parameter.dtype] += parameter.numel()
     best = max(counts, key=lambda dtype: counts[dtype])
@@ -380,7 +386,7 @@ class _SaveParts(SaveHook):
     """A hook that replaces a weight in a state dict by its parts.
 
     Attributes:
-        start: The beginning of the names of the parts.
+        start: The prefix of the names of the parts.
     """
 
     def __init__(self, parameter: str, start: str) -> None:
@@ -400,10 +406,10 @@ class _SaveParts(SaveHook):
 
 
 class _LoadParts(CheckStorage):
-    """A hook that puts the parts of a weight together.
+    """A hook that replaces the parts of a weight in a state dict by the weight.
 
     Attributes:
-        start: The beginning of the names of the parts.
+        start: The prefix of the names of the parts.
     """
 
     def __init__(self, parameter: str, start: str) -> None:
@@ -431,7 +437,10 @@ class _LoadParts(CheckStorage):
         settings: Mapping[str, Tensor],
         errors: list[str],
     ) -> PackedTensor:
-        """Return the loaded weight, or after an error the present one, to avoid a second error."""
+        """Return the weight with the loaded parts.
+
+        If a part does not fit, add an error and return the present weight, to avoid a second error.
+        """
         expected = _format(weight).saved_settings(weight)
         present = {part: _form(tensor) for part, tensor in weight.parts.items()}
         present |= {key: str(setting.tolist()) for key, setting in expected.items()}

@@ -3,7 +3,7 @@
 A stack looks like the dense weight that it replaces, [E, out, in] or [E, in, out], so any code can read it.
 It is stored as the tensors of a library's weight with one more axis in front. ``stack[e]`` is one matrix,
 ``stack[ids]`` a smaller stack, and a grouped product decodes the matrices of the experts that have rows, one
-after the other. Nothing decoded is kept for the backward pass.
+after the other. Decoded matrices are not kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class StackedTensor(PackedTensor):
         """Return some of the matrices.
 
         Args:
-            select: Takes a part of the stack, and returns the same part of the selected matrices.
+            select: Called with each tensor of the stack. Returns the entries of the selected matrices.
             count: The number of selected matrices; None for one matrix without the axis.
         """
         tensors = {name: select(part) for name, part in self.parts.items()}
@@ -131,7 +131,7 @@ def _offsets(offs: Any = None, bias: Any = None, out_dtype: Any = None, **_: Any
     return None if bias is not None or out_dtype is not None else offs
 
 
-# --- views: each returns None for arguments that only the dense values take -------------------------
+# --- views: each function returns None if the call needs the dense values ---------------------------
 
 
 _other_sides: dict[int, tuple[Stacking, Stacking]] = {}
@@ -324,7 +324,7 @@ def follow_stacks(model: nn.Module) -> None:
 def dense_twins(
     model: nn.Module, is_experts: Callable[[nn.Module], bool]
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yield each layer of experts of a library with that of the dense model, which is on the meta device.
+    """Yield each library layer of experts, with the same layer of the dense model on the meta device.
 
     Args:
         model: A model of transformers, or a module that has one.
@@ -348,7 +348,7 @@ def dense_twins(
 def become_experts(
     layer: nn.Module, plain: nn.Module, stacks: Mapping[str, nn.Parameter | None]
 ) -> None:
-    """Turn a library's layer of experts into that of the dense model, with stacks as its weights.
+    """Turn a library's layer of experts into the layer of the dense model, with stacks as its weights.
 
     Args:
         layer: The layer to change, in a copy of the user's model. It stays the same object, with its hooks.
@@ -392,9 +392,9 @@ def _stacked(
     """Build a stack from one quantized matrix at a time.
 
     Args:
-        make: Returns the library's weights of a matrix by its index.
+        make: Returns the library's weights of the matrix with an index: one, or one for each piece.
         like: A tensor of the shape, dtype and device of the stack.
-        parameter: The name of the parameter, or those of the parts.
+        parameter: The name of the parameter, or the names of the parts.
         turned: See :class:`Stacking`.
     """
     stacked: dict[str, Tensor] = {}
@@ -420,7 +420,7 @@ def _stacked(
 
 
 _described: dict[tuple[str, int, int], Quantization | None] = {}
-"""The storage of a matrix by the key of its form and its shape, which the form may leave out."""
+"""The storage of a matrix, by the key of its stack (:attr:`PackedTensor.key`) and the shape of the matrix."""
 
 
 class StackFormat(PackedFormat):
@@ -432,7 +432,7 @@ class StackFormat(PackedFormat):
     def describe(self, weight: Any) -> Quantization | None:
         """See :class:`WeightFormat`."""
         key = (weight.key, *weight.shape[-2:])
-        if key not in _described:  # each product asks, and a library's weight takes time to make
+        if key not in _described:  # every product calls this, and a weight takes time to make
             single = weight if weight.dim() == 2 else _member(weight, 0)
             _described[key] = weight.members.describe(held(single.weights()[0]))
         quantization = _described[key]
@@ -458,7 +458,7 @@ class StackFormat(PackedFormat):
         return self.values(weight, weight.dtype)
 
     def state_hooks(self, parameter: str, *, layer: bool) -> StateHooks:
-        """See :class:`WeightFormat`. The names of the parts begin with that of the parameter already."""
+        """See :class:`WeightFormat`. The names of the parts already begin with the parameter's name."""
         return super().state_hooks(parameter, layer=True)
 
     def widened(self, parameter: nn.Parameter) -> nn.Parameter:

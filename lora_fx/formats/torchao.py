@@ -52,7 +52,7 @@ _ACTIVATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "Int4Tensor": ("act_pre_scale",),
     "NF4Tensor": (),
 }
-"""Attributes of each class that are set if activations are quantized, too: a matrix is not enough then."""
+"""Attributes, by class, that are set if activations are quantized, too. Such weights are not supported."""
 
 
 def _scheme(weight: Any) -> str | None:
@@ -63,13 +63,13 @@ def _scheme(weight: Any) -> str | None:
     return {"Int8Tensor": "int8", "Int4Tensor": "int4"}.get(kind, "nf4")
 
 
-# --- new values in the same form, by the library's own arithmetic, in the dtype of the old weight ---
+# --- requantization in the same format, by the library's own arithmetic, in the dtype of the old weight ---
 # A block keeps its scale if its values are in the range of the scale. A new scale would be a little smaller
 # or larger each time, because the codes are not symmetric.
 
 
 def _grid(values: Tensor, old: Any, new: Any, codes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return a scale and a zero point for each block: the old ones where they have the range.
+    """Return a scale and a zero point for each block: the old ones if the new values are in their range.
 
     Args:
         values: The new values, [out, in].
@@ -128,7 +128,7 @@ def _granularity(block: tuple[int, ...], shape: tuple[int, ...]) -> Any:
 
 
 def _mapping(zero_point: Tensor | None) -> Any:
-    """Return the mapping type of a weight, which it does not store: nonzero zero points are asymmetric."""
+    """Return the mapping type of a weight, which is not stored: asymmetric if a zero point is not zero."""
     kinds = sys.modules["torchao"].quantization.MappingType
     symmetric = zero_point is None or not zero_point.any()
     return kinds.SYMMETRIC if symmetric else kinds.ASYMMETRIC
@@ -217,7 +217,7 @@ class TorchaoFormat(WeightFormat):
         if kind == "NF4Tensor":
             dequantized = weight.get_original_weight()
         elif kind == "Int8Tensor":
-            # Its scales are fp32 whatever the dtype of its values, and it supports nothing wider.
+            # Its scales are fp32 for any dtype of the values, and it supports nothing wider.
             dequantized = weight.dequantize(torch.float32 if dtype == torch.float64 else dtype)
         else:
             dequantized = weight.dequantize()

@@ -1,12 +1,13 @@
 """Functions on quantized weights of any format: values, products, state dicts and pickles.
 
-The format of a weight describes its storage (:mod:`lora_fx.formats.base`), and the kernels of its library
-are opaque operations. This module has its values (:func:`dense`), and ``x Wᵀ + b``
-(:func:`quantized_linear`), whose backward recomputes the values instead of saving them. A tensor subclass
-carries its scales and loads only values of the same form from a state dict: anything else is an error. A
-format that stores its scales next to the weight has hooks that save and load them.
+:func:`dense` returns the values of a weight. :func:`quantized_linear` computes ``x Wᵀ + b`` with the kernels
+of the weight's library, and recomputes the values in the backward instead of saving them. Both call the
+methods of the weight's format (:mod:`lora_fx.formats.base`).
 
-No library is imported here: a model that has such a weight has loaded its library.
+A tensor subclass carries its scales. It loads only a weight of the same format from a state dict; anything
+else is an error. A format that stores the scales outside the weight has hooks that save and load them.
+
+No library is imported here, because a model with such a weight has imported its library already.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if quantization is None:
         return weight if dtype is None else weight.to(dtype)
     target = dtype or quantization.dtype
-    # First in the precision of its kernel, then rounded to the dtype of the result.
+    # Compute the values in the precision of the kernel, then round them to the dtype of the result.
     return _known(weight).values(held(weight), target).to(target)
 
 
@@ -94,7 +95,7 @@ class KeptWeight:
         """Raise if the weight was written into since the forward.
 
         Raises:
-            QuantizationError: The message has its form.
+            QuantizationError: With the class and the shape of the weight.
         """
         checked = self.versions and not torch.compiler.is_compiling()
         if checked and tuple(_versions(self.weight)) != self.versions:
@@ -116,9 +117,10 @@ def _versions(tensor: Any) -> Iterator[int]:
 
 
 def requantized(values: Tensor, weight: nn.Parameter) -> nn.Parameter:
-    """Return a frozen parameter with ``values`` in the form of ``weight``, for a merge to replace it.
+    """Quantize new values as ``weight`` is quantized, and return a frozen parameter.
 
-    The scales are computed from the new values, or kept if a format keeps those that have the range.
+    A merge replaces the weight by it. The scales are computed from the new values, unless the format keeps
+    scales whose range the values fit.
 
     Args:
         values: [out, in].
@@ -154,14 +156,14 @@ def quantized_linear(
 ) -> Tensor:
     """Compute ``x Wᵀ + b`` by the kernel of the weight's library; differentiable in x and b.
 
-    Under the transforms of ``torch.func`` it multiplies with the values of the weight.
+    Under the transforms of ``torch.func`` it multiplies with the dequantized values instead.
 
     Args:
         x: [..., in].
-        weight: A quantized [out, in].
+        weight: A quantized matrix [out, in].
         bias: [out].
-        compute_dtype: The dtype of the product, for 4 bits (``bnb_4bit_compute_dtype`` of bitsandbytes); x's
-            by default. In fp64 it is a product with the values.
+        compute_dtype: The dtype of the product, for 4 bits (``bnb_4bit_compute_dtype`` of bitsandbytes); by
+            default that of x. A product in fp64 uses the dequantized values.
         threshold: The threshold of LLM.int8() (arXiv:2208.07339): features of x with larger elements are
             multiplied in half precision.
         training: True if the model trains. LLM.int8() depends on it: on the CPU it then dequantizes.
@@ -177,7 +179,7 @@ def quantized_linear(
     inputs = x if compute_dtype is None else x.to(compute_dtype)
     bias = None if bias is None else bias.to(inputs.dtype)
     if torch_private.in_functorch():
-        # The kernels know nothing of transforms.
+        # The kernels do not support transforms.
         return F.linear(inputs, dense(weight, inputs.dtype), bias).to(x.dtype)
     kernel = _known(weight).product(
         x, weight, bias, compute_dtype=compute_dtype, threshold=threshold, training=training
@@ -189,7 +191,7 @@ def quantized_linear(
 
 
 class _Product(torch.autograd.Function):
-    """The product with a tensor subclass or its values, opaque to autograd, which would save the values."""
+    """The product with a quantized weight. As a single autograd node it does not save the values."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -230,7 +232,7 @@ REMEDY: Final = (
 
 
 class FormatHook:
-    """A hook of a module for a quantized parameter. A merge that makes the parameter dense removes it.
+    """A hook of a module for a quantized parameter. A merge that makes the parameter dense removes the hook.
 
     Attributes:
         parameter: The name of the parameter.
@@ -279,7 +281,7 @@ class StateHooks:
 
     Attributes:
         load: Reads the scales.
-        save: Writes the scales; None if the layer does.
+        save: Writes the scales; None if the layer itself writes them.
     """
 
     load: LoadHook
@@ -315,7 +317,7 @@ class CheckStorage(LoadHook):
             return
         text = "has its values there" if loaded is None else f"as {loaded} in the state dict"
         errors.append(f"{name} is stored as {current} here and {text}: {REMEDY}")
-        # Avoid a second error: then the key is not missing, and copying the weight changes nothing.
+        # Load the present weight, which changes nothing, so that no second error reports a missing key.
         state[name] = weight
 
 

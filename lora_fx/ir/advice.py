@@ -1,4 +1,4 @@
-"""Advice on a plan: uncovered operations, forgotten modules, capacity, learning rate; and a budget's ranks.
+"""Advice on a plan (uncovered operations, forgotten modules, capacity, learning rate), and use of a budget.
 
 The rules are those of "LoRA Without Regret" (Schulman and Thinking Machines Lab, 2025,
 doi:10.64434/tml.20250929), in short [S], unless another source is named.
@@ -26,7 +26,7 @@ _BITS_PER_TOKEN = 1
 _ALPHA = 32
 """The alpha of all experiments in [S]."""
 _TIMES, _TIMES_IN_SHORT, _SHORT = 10, 15, 100
-"""LoRA's best learning rate over that of full fine-tuning, and the same for a run of under 100 steps [S]."""
+"""LoRA's best learning rate as a multiple of full fine-tuning's: in general, and under 100 steps [S]."""
 _LISTED = 4
 
 
@@ -58,12 +58,12 @@ class Coverage:
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """The information that the trainable parameters store, and that the training data has.
+    """The information that the trainable parameters can store, compared with that in the training data.
 
     Attributes:
         tokens: Tokens of the data that the loss counts, each once.
         parameters: Trainable elements.
-        factors: The elements among them that grow with the rank.
+        factors: Trainable elements in tensors that grow with the rank.
     """
 
     tokens: int
@@ -79,7 +79,7 @@ class Capacity:
         return 1 + missing / self.factors if self.factors else None
 
     def line(self) -> str:
-        """Return a comparison of both in words."""
+        """Return the comparison in words."""
         stored = _bits(self.parameters * _BITS_PER_PARAMETER)
         needed = _bits(self.tokens * _BITS_PER_TOKEN)
         text = (
@@ -107,7 +107,7 @@ class LearningRate:
     Attributes:
         low, high: Its range for language models; None outside of the widths for which it was measured.
         width: Features of a token between layers of a language model; None for any other model.
-        alpha: ``scale * r`` of most sites; the median if no value is that of most.
+        alpha: The most frequent ``scale * r`` of the sites, or the median if most sites differ from it.
     """
 
     low: float | None
@@ -154,7 +154,7 @@ class Advice:
     learning_rate: LearningRate | None = None
 
     def lines(self) -> list[str]:
-        """Return the advice, a line for each."""
+        """Return the advice, one line for each remark."""
         parts = (self.capacity, self.learning_rate)
         warning = None if self.coverage is None else self.coverage.line()
         lines = [] if warning is None else [warning]
@@ -171,7 +171,7 @@ class Spending:
         unit: The unit of both.
         kept: Share of the squared norm of all gradients in the directions that the ranks allow.
         equal_rank: The largest rank that every site could have within the budget; 0 if there is none.
-        equal_kept: The share with that rank.
+        equal_kept: The value of ``kept`` if every site had that rank.
     """
 
     limit: int

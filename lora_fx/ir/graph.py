@@ -78,15 +78,18 @@ class Role(StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FusedBranch:
-    """A function that computes an operation together with its branch. Nodes are named, so that copies work.
+    """A function that computes an operation together with its branch.
+
+    It refers to nodes by name, so that it stays valid for a copy of the graph.
 
     Attributes:
         function: It takes input, weight, bias, A, B, the scale and ``more``.
         quantized: The same function for a quantized weight; None if there is none.
-        a, b: The nodes of A and B, in their own dtypes.
-        scale: The factor of the branch.
-        more: Names of nodes, and values.
-        dropout: The nodes of its probability, and of the flag that enables it; None for no dropout.
+        a, b: The names of the nodes of A and B, in their own dtypes.
+        scale: The number by which the branch is multiplied.
+        more: Further arguments: names of nodes, and values.
+        dropout: The names of the nodes of the dropout probability and of the flag that enables dropout; None
+            for no dropout.
         padding: The number of output features before and after those of the branch; None if it has all.
         rows: The functions, plain and over a quantized weight, that compute the operation with the branches
             of several adapters, each for its own rows; None if no function does.
@@ -117,8 +120,8 @@ class Tag:
         weight: The adapted weight, as a name *inside the region*: equal blocks have equal tags.
         role: The purpose of the node.
         adapter: The adapter of the branch; empty for the base operation.
-        fused: The function that computes both, on the sum of an operation and its branch; None if there is
-            none.
+        fused: For the node that adds a branch to an operation: the function that computes both. None for
+            other nodes, and if there is no such function.
     """
 
     weight: str
@@ -166,10 +169,10 @@ class Region:
         fqn: Name of the module in the model; ``""`` is the root.
         module: The module itself.
         graph: The graph of its ``forward``. Names in it are relative to ``module``.
-        fallback: True if the module's own forward runs in calls that the graph does not cover. False if it
-            cannot read a weight in its format.
+        fallback: True if the module's own forward runs in calls that the graph does not cover. False if that
+            forward cannot read a weight in its format.
         not_run: The reason why the graph only lists operations and never runs; empty if it may run.
-        written_out: True if the graph was traced from code that replaces that forward.
+        written_out: True if the graph was traced from code that lora_fx has instead of the module's forward.
         edited: True if a pass has changed the graph since the capture: only such a graph is installed.
     """
 
@@ -191,9 +194,9 @@ class Region:
         return dataclasses.replace(self, graph=graph, edited=True, **changes)
 
     def falls_back(self, sites: Iterable[Site]) -> bool:
-        """Return True if the module's own forward is a fallback once the graph has branches at some sites.
+        """Return True if the module's own forward still is a fallback after these sites get branches.
 
-        The forward reads each weight with its adapters, unless a library has packed the weight.
+        The forward reads each weight with its adapters applied. It cannot if a library has packed the weight.
         """
         return self.fallback and not any(site.opaque for site in sites)
 
@@ -227,7 +230,7 @@ class Capture:
             own: the graphs are in ``regions``, not in the model.
         regions: The regions by key, parents before children.
         frontend: The front-end that was used: ``symbolic``, ``export`` or ``regions``.
-        notes: Why the other front-ends were not used.
+        notes: Reasons why other front-ends were not used.
         opaque: Modules that have parameters but no graph, with the reason.
         begun: Partial graphs of some of those modules, up to the point where tracing failed. They show the
             first operations and never run.
@@ -294,7 +297,7 @@ class PassResult:
 
     @classmethod
     def of(cls, capture: Capture, **fields: Any) -> PassResult:
-        """Return a capture with new values of some fields; the same object if it has them already."""
+        """Return the result of setting fields of a capture; unmodified if they have these values already."""
         if all(getattr(capture, name) == value for name, value in fields.items()):
             return cls(capture, False)
         return cls(dataclasses.replace(capture, **fields), True)
@@ -310,8 +313,8 @@ class Pass(abc.ABC):
     Attributes:
         name: Its name in errors, logs and on the command line, in kebab case.
         kind: Either functional or in place.
-        needs: The field that the capture must have, ``matches`` or ``plan``, unless the pass has its own
-            (``plan``, ``rows``); empty for none.
+        needs: The field that the capture must have, ``matches`` or ``plan``, unless the pass was created with
+            ``rows``; empty for none.
     """
 
     kind: ClassVar[Kind] = "functional"

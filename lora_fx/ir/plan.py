@@ -39,14 +39,14 @@ _FUSED = "fused, and a part can be named alone"
 
 
 class Deployment(NamedTuple):
-    """The storage for which adapters are trained: products use the adapted weights as it rounds them.
+    """The storage for which adapters are trained. Products use the adapted weights rounded to this storage.
 
     Attributes:
         format: Name of the format, or of the dtype.
         dtype: The dtype to which weights are rounded; None for a format of quantized weights.
         block_size: Number of values that share a scale; None for one scale a row.
         double: True if the scales are quantized, too.
-        as_base: True if the weight of the base is quantized, and keeps its form.
+        as_base: True if the weight of the base is quantized, and the adapted weight keeps its format.
     """
 
     format: str
@@ -75,7 +75,8 @@ class PlannedSite:
         options: The options of the kind; None if it has none.
         reason: The setting of the configuration that selects it.
         deploy: The storage that its adapted weight is trained for; None for no rounding.
-        least_change: The least ``‖ΔW‖ / ‖W‖`` of which a merge keeps nine tenths, if it was predicted.
+        least_change: The smallest ``‖ΔW‖ / ‖W‖`` at which a merge keeps nine tenths of the change ΔW; None if
+            it was not predicted.
         gain: The share that its rank adds to :attr:`Spending.kept`; None without a budget.
     """
 
@@ -109,7 +110,8 @@ class PlannedTokens:
     Attributes:
         site: The lookup, or the product that computes a logit for every token.
         indices: The rows, in the order in which they are stored.
-        tied: Name of the embedding whose rows they are, for a head that shares its weight; else empty.
+        tied: For a head that shares the weight of an embedding: the name of the embedding, which has the
+            trained rows. Empty for any other site.
     """
 
     site: Site
@@ -144,9 +146,9 @@ class Kept(NamedTuple):
     """Bytes that a training step with the example inputs saves for its backward pass.
 
     Attributes:
-        frozen: The model without adapters, with its gradient computed down to the embeddings.
-        adapted: The model with adapters, by ``memory=`` of :func:`lora_fx.rewrite`, if no inputs are given
-            there.
+        frozen: Bytes for the model without adapters, with gradients computed down to the embeddings.
+        adapted: Bytes for the model with adapters, by the value of ``memory=``, as :func:`lora_fx.rewrite`
+            returns it if no example inputs are passed.
     """
 
     frozen: int
@@ -182,12 +184,12 @@ class Plan:
         base_parameters: Elements of the model's own parameters, shared ones once.
         extra_parameters: Trainable elements outside the adapters (biases, ``modules_to_save``).
         tokens: Rows of embeddings that are trained (``trainable_token_indices``).
-        kinds: The kinds of the sites that train more than A and B, by name, each with those parts in words.
+        kinds: The kinds of the sites that train more than A and B, by name, each with the rest in words.
         sample_cost: Extra FLOPs and saved bytes for one sample, if sites differ in their positions; None if
             that is unknown, or they do not differ.
-        site_costs: The same of each site, in the order of ``sites``; empty without ``sample_cost``.
+        site_costs: The same costs for each site, in the order of ``sites``; empty without ``sample_cost``.
         fresh: FQNs of modules of the base that start at random, because no checkpoint has them, and that
-            nothing trains: a new classification head.
+            nothing trains, such as a new classification head.
         loss: With ``loss="chunked"``: the heads of the model, each with "chunked" or the reason why its
             logits are computed all at once. None without that option.
         kept: Bytes that a training step with the example inputs saves. None without such inputs, and if the
@@ -339,12 +341,12 @@ class Plan:
 
     @property
     def losses_left(self) -> tuple[str, ...]:
-        """The reasons why no loss is computed in chunks although requested; empty if one may be."""
+        """The reasons why no loss is computed in chunks, if chunks were requested. Empty if a loss may be."""
         chunked = any(outcome == "chunked" for _, outcome in self.loss or ())
         return () if self.loss is None or chunked else tuple(self._of_loss())
 
     def _of_loss(self) -> Iterator[str]:
-        """Yield a line for each head about the logits of a training call, if chunks were requested."""
+        """Yield a line for each head that says if its loss is computed in chunks, if that was requested."""
         for name, outcome in self.loss or ():
             chunked = outcome == "chunked"
             yield (
@@ -541,7 +543,7 @@ class Plan:
         return [*lines, *self.idle_entries()]
 
     def idle_entries(self) -> list[str]:
-        """Return :attr:`unmatched` in lines. Entries of a field without any similar name share a line."""
+        """Return :attr:`unmatched` in lines. Entries of one field that have no similar name share a line."""
         lines = [entry for entry in self.unmatched if not entry.endswith(_IDLE)]
         fields: dict[str, list[str]] = {}
         for entry in self.unmatched:

@@ -43,13 +43,13 @@ Memory: TypeAlias = Literal["fast", "balanced", "least"]
 DEFAULT_MEMORY: Memory = "fast"
 
 Loss: TypeAlias = Literal["whole", "chunked"]
-"""The logits for the loss of a training step: all at once, or chunk by chunk."""
+"""The way to compute the logits for the loss of a training step: all at once, or chunk by chunk."""
 
 DEFAULT_LOSS: Loss = "whole"
 
 
 def is_base(name: object) -> bool:
-    """Return True for the names of no adapter, where rows of a batch choose theirs: None, and PEFT's."""
+    """Return True if a sample's adapter name stands for the base: None, or PEFT's ``__base__``."""
     return name is None or (isinstance(name, str) and name == "__base__")
 
 
@@ -64,7 +64,7 @@ class _Target(tuple[str, ...]):
 def freeze(graph: fx.Graph) -> tuple[Any, ...]:
     """Return a graph as picklable values, with its tags.
 
-    fx would pickle its module and trace it again, which loses the tags.
+    fx pickles a graph module as code and traces it again when it is loaded, which loses the tags.
     """
     nodes = [
         (
@@ -81,7 +81,7 @@ def freeze(graph: fx.Graph) -> tuple[Any, ...]:
 
 
 def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
-    """Return the graph of a result of :func:`freeze`: same names, same tags."""
+    """Return the graph from a result of :func:`freeze`, with the same names and tags."""
     nodes, codegen = frozen
     graph = fx.Graph()
     graph.set_codegen(codegen)
@@ -98,7 +98,7 @@ def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
 
 
 def _written(tag: Tag | None) -> Tag | None:
-    """Return a tag without the field that only later passes need."""
+    """Return a tag without ``fused``, which only later passes need."""
     return None if tag is None else dataclasses.replace(tag, fused=None)
 
 
@@ -153,14 +153,15 @@ class AdapterRecord:
         sites: The sites that it adapts.
         saved_modules: Modules that it trains in full.
         biases: FQNs of the biases that it trains.
-        own: FQNs of the base's tensors that it replaces: those biases, the parameters and the learned
-            buffers of those modules, and weights that its initialization has changed. The replacements are
-            in the model while the adapter is active, and stored outside it otherwise
+        own: FQNs of the base's tensors that it replaces: the trained biases, the parameters and learned
+            buffers of ``saved_modules``, and weights that its initialization has changed. The replacements
+            are in the model while the adapter is active, and stored outside it otherwise
             (:mod:`lora_fx.passes.parameters.replacements`).
-        initialized: True if it has the start that its configuration names; False if it waits for data.
+        initialized: True if it has the initial values that its configuration asks for; False if they still
+            have to be computed from data.
         tokens: Rows of embeddings that it trains.
-        given: The parameters of ``own`` that came with its folder and that it does not train: weights of
-            embeddings and heads, and parameters that were trained by hand.
+        given: The names in ``own`` of parameters that were in its folder and that it does not train: weights
+            of embeddings and heads, and parameters that were trained by hand.
     """
 
     config: LoraConfig
@@ -186,14 +187,14 @@ class Base:
     of a model share it.
 
     Attributes:
-        graphs: The graph of every region by key, parents first. Equal layers share one.
-        classes: The names of the classes of their modules.
-        fallback: :attr:`lora_fx.ir.graph.Region.fallback` of each.
-        not_run: :attr:`lora_fx.ir.graph.Region.not_run` of the regions that have a reason.
+        graphs: The graph of every region by key, parents first. Equal layers share a graph.
+        classes: The class name of each region's module, by key.
+        fallback: :attr:`lora_fx.ir.graph.Region.fallback` of each region, by key.
+        not_run: :attr:`lora_fx.ir.graph.Region.not_run` of the regions that have a reason, by key.
         matches: Every linear operation.
         notes: Notes of the capture.
-        kept: FQNs of the modules that also ran their graph in the model before the rewrite: their own code
-            cannot read their weights in their format (:func:`lora_fx.quantize`).
+        kept: FQNs of the modules that already ran a graph before the rewrite, because their own code cannot
+            read their quantized weights (:func:`lora_fx.quantize`).
         written_out: Keys of the regions with :attr:`lora_fx.ir.graph.Region.written_out`.
     """
 
@@ -210,7 +211,7 @@ class Base:
         """Return a region on a module of a rewritten model.
 
         Args:
-            key: Its key.
+            key: The key of the region.
             module: The module.
             frontend: The front-end of the capture.
         """
@@ -227,7 +228,7 @@ class Base:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Each graph once: equal layers share theirs, and have one class for it.
+        # Pickle each graph once, because equal layers share their graph and the class that runs it.
         distinct = {id(graph): graph for graph in self.graphs.values()}
         numbers = {key: number for number, key in enumerate(distinct)}
         index_of = {fqn: numbers[id(graph)] for fqn, graph in self.graphs.items()}
@@ -245,8 +246,8 @@ class ActiveAdapters:
         names: Their names, in the order in which they are added.
         per_sample: True if each sample of a batch has one of them, or none.
         ids: The adapter of each sample, or None for the base; empty if none was chosen.
-        repeats: How many times in a row a batch may have each sample.
-        thread: The thread that is in the ``with`` block of this choice; 0 without a block.
+        repeats: The number of consecutive copies of each sample that a batch may have.
+        thread: The id of the thread in the ``with`` block of this choice; 0 without a block.
     """
 
     names: tuple[str, ...] = ()
@@ -280,7 +281,7 @@ class Record:
             (:mod:`lora_fx.passes.parameters.rewritten`).
         forwards: FQNs of the modules that had a ``forward`` on their instance at the rewrite.
         memory: The tensors that fused branches save for their backward.
-        loss: How a training call computes its loss: from all logits at once, or in chunks.
+        loss: The way in which a training call computes its loss: from all logits at once, or in chunks.
         savings: The modules that are recomputed or run in tiles.
     """
 
@@ -307,9 +308,10 @@ class Record:
 
     @property
     def placed(self) -> tuple[str, ...]:
-        """The adapters whose own parameters are in the place of the base's.
+        """The adapters whose replacements of the base's parameters are in the model.
 
-        Where samples have different adapters, the base's are in the model, and those of adapters are stored.
+        If samples have different adapters, the model has the base's parameters, and all replacements are
+        stored outside it.
         """
         return () if self.per_sample else self.active
 
@@ -320,12 +322,12 @@ class Record:
 
     @property
     def is_disabled(self) -> bool:
-        """True in a block that runs the base."""
+        """True in a ``with`` block that disables all adapters."""
         return any(not block.ids for block in self.blocks)
 
     @property
     def choice(self) -> ActiveAdapters:
-        """The choice outside of all ``with`` blocks."""
+        """The active adapters outside of all ``with`` blocks."""
         return self.chosen or ActiveAdapters(self.active, self.per_sample)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
@@ -336,7 +338,7 @@ class Record:
         return Record, tuple(getattr(record, field.name) for field in dataclasses.fields(record))
 
     def _outside(self) -> Record:
-        # No block ends for a copy: it continues with the adapters that were active when it was copied.
+        # A copy is in no block, so no block would end for it. It keeps the adapters that were active.
         return dataclasses.replace(self, chosen=None, blocks=()) if self.blocks else self
 
 

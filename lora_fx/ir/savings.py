@@ -37,13 +37,13 @@ class Span(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """The ways in which a module keeps less.
+    """The ways in which one module keeps less for the backward.
 
     Attributes:
-        blocks: If it runs again in the backward: the number of all modules that do. Else 0.
-        tiles: Whether it runs a tile of tokens at a time.
-        first, last: Whether it is the first or the last module of a span.
-        spans: The modules of its spans, if it is their layer.
+        blocks: 0 unless the module runs again in the backward; then the number of all modules that do.
+        tiles: True if the module runs a tile of tokens at a time.
+        first, last: True if it is the first, or the last, module of a span.
+        spans: For a layer with spans: the names of the modules of each span.
     """
 
     blocks: int = 0
@@ -70,7 +70,7 @@ class Savings:
     left: tuple[tuple[str, str], ...] = ()
 
     def of(self, fqn: str) -> Saving:
-        """Return how a module keeps less."""
+        """Return the ways in which a module keeps less."""
         return Saving(
             len(self.blocks) if fqn in self.blocks else 0,
             fqn in self.tiles,
@@ -88,6 +88,6 @@ class Savings:
 
 
 def _counted(names: Sequence[str]) -> str:
-    """Return names in words, those that differ in numbers together."""
+    """Return names in one text. Names that differ only in numbers appear once, with their count."""
     counts = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"

@@ -80,12 +80,12 @@ class Call:
         input, output: Names of nodes in its graph.
         pattern: Name of the pattern that matched it.
         cast: True if the weight is cast before it is applied.
-        left: True if the weight is the left operand of a product, so that the outputs are not the last
-            dimension.
-        bias: Name of the node that the operation adds, empty for none: a vector of the output features for a
-            convolution, else anything that broadcasts against the output.
-        axes: The axes of the output features in the output, counted from its end. Several if the features
-            are split over axes, empty if unknown.
+        left: True if the weight is the left operand of a product, so that the output features are not the
+            last dimension.
+        bias: Name of the node of the bias that the operation adds; empty for none. The bias of a convolution
+            is a vector of the output features. Any other bias broadcasts against the output.
+        axes: The axes of the output that have the output features, counted from the end. Several if the
+            features are split over axes, empty if unknown.
         sizes: The sizes of the axes, if there are several.
     """
 
@@ -111,7 +111,7 @@ class Site:
         pattern: Name of the pattern that matched it.
         family: ``linear``, ``conv`` or ``embedding``; decides what ``target_modules=None`` selects.
         weight: FQN of the weight.
-        bias: FQN of the bias, if it has one that is a parameter.
+        bias: FQN of the bias; None unless the operation adds a bias that is a parameter.
         in_features, out_features: Sizes of one input and one output vector (channels, for a convolution;
             vocabulary and width, for an embedding).
         layout: The layout of the weight.
@@ -123,16 +123,16 @@ class Site:
         view: The shape in which the weight is applied, if it is not the weight's own.
         order: The permutation of the weight's dimensions before that view; None for no permutation.
         parts: The parts into which its output is split, by name, each with its rows (start, stop).
-        whole: The site of which this is such a part: the operation applies the whole weight.
-        attention: FQN of the ``nn.MultiheadAttention`` of which this is a projection; empty for any other.
+        whole: For a site that is such a part: the site of the whole weight, which the operation applies.
+        attention: FQN of the ``nn.MultiheadAttention`` that has this projection; empty for any other site.
         tied_to: FQNs of other parameters over the same storage.
         head: ``declared`` or ``found``, for the operation that computes the model's output: declared by the
             model or found in the graph. Empty for any other operation.
         router: True if its output decides which experts of a mixture process a token.
         chosen: For a router, the number of experts that process a token; 0 if the graph does not say it.
         all_linear: True if ``target_modules="all-linear"`` includes it.
-        quantized: The storage of the weight, if it is quantized; ``weight_shape`` and ``layout`` are those
-            of its values.
+        quantized: The storage of the weight, if it is quantized. In that case, ``weight_shape`` and
+            ``layout`` describe the dequantized values.
         loss: For a head: "chunked" if a loss of its output may be computed in chunks, else the reason why
             not. Empty if that was not checked.
     """
@@ -200,7 +200,7 @@ class Site:
 
     @property
     def reads_vectors(self) -> bool:
-        """True if the input features are the last dimension, or, for a left factor, the one before."""
+        """True if the input features are the last dimension, or the second-to-last for a left operand."""
         products = {"linear", "matmul", "quantized"}
         return not self.experts and {call.pattern for call in self.calls} <= products
 
@@ -213,7 +213,7 @@ class Site:
 
     @property
     def place(self) -> str:
-        """The weight, with the rows that the site covers."""
+        """FQN of the weight, with the rows in brackets if the site covers only some: ``w[0:8]``."""
         return self.weight if self.rows is None else f"{self.weight}[{self.rows[0]}:{self.rows[1]}]"
 
     @property
@@ -279,8 +279,8 @@ class Site:
     def axis(self) -> int:
         """The axis of :attr:`applied_shape` along which a merge may go slice by slice.
 
-        It is the axis of the experts if the weight has any, else that of the output features. ``B`` has the
-        slices along its first axis, and so has ``A`` with experts.
+        It is the axis of the experts if the weight has any, else that of the output features. A slice of the
+        weight needs the same slice of ``B`` along its first axis. With experts, it also needs that of ``A``.
         """
         return 0 if self.layout == "out_in" or self.experts else 1
 
@@ -342,7 +342,7 @@ class Factors:
 
     @property
     def fan_in(self) -> tuple[int, int]:
-        """The number of terms that an output of A sums, and that of B."""
+        """The number of terms in the sum that computes an output of A, and an output of B."""
         first = 2 if self.stacked else 1
         return math.prod(self.a[first:]), math.prod(self.b[first:])
 
@@ -353,7 +353,7 @@ class Factors:
 
 
 class BranchBuilder(Protocol):
-    """The builder with which a pattern writes a branch. It tags every node."""
+    """The object with which a pattern writes the nodes of a branch. It tags every node."""
 
     @property
     def a(self) -> fx.Node:
@@ -361,13 +361,13 @@ class BranchBuilder(Protocol):
 
     @property
     def b(self) -> fx.Node:
-        """B."""
+        """B, as the kind computes it for the branch."""
 
     @property
     def bias(self) -> fx.Node | None:
         """The bias of the operation that applies B, [out], or None.
 
-        If a pattern does not read it, the builder adds it to the branch.
+        If a pattern does not use this bias, the kind adds it to the branch.
         """
 
     def dropped(self, x: fx.Node) -> fx.Node:
@@ -377,23 +377,23 @@ class BranchBuilder(Protocol):
         """Write a ``call_function`` node."""
 
     def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
-        """Write ``B (A drop(x))``, plus :attr:`bias`, for a product that reads ``x``. It can be fused."""
+        """Write ``B (A drop(x))``, plus :attr:`bias`, for a product that reads ``x``. A pass can fuse it."""
 
     def item(self, letter: str, index: int) -> fx.Node:
         """Return one expert's matrix of the factor ``a`` or ``b``."""
 
 
 class OutputBuilder(BranchBuilder, Protocol):
-    """The builder with which an adapter kind writes the output of an adapted operation.
+    """The object with which an adapter kind writes the output of an adapted operation.
 
-    Factors and slots are read where they are first used, once each.
+    A factor, and a slot (another tensor of the kind), is read once, where it is first used.
 
     Attributes:
-        site: The site, as its region sees it.
-        applied: The call of its weight.
-        base: The operation without any adapter.
-        total: The operation with the previous adapters; ``base`` if this is the first.
-        scale: The factor of the branch.
+        site: The site, with names relative to its region.
+        applied: The call of the site's weight that gets the branch.
+        base: The node of the operation without any adapter.
+        total: The node of the operation with the previous adapters; ``base`` for the first adapter.
+        scale: The number by which the branch is multiplied.
         padding: The number of the operation's output features before and after the site's; None if the site
             has all.
     """
@@ -422,7 +422,7 @@ class OutputBuilder(BranchBuilder, Protocol):
         """True if the pattern has used :attr:`bias` in its branch."""
 
     def factor(self, letter: str) -> fx.Node:
-        """Return A or B in its own dtype, with the rank as :class:`Factors` has it."""
+        """Return A or B in its own dtype and in the shape that the pattern reads (:class:`Factors`)."""
 
     def stored(self, letter: str) -> fx.Node:
         """Return A or B as stored."""
@@ -448,7 +448,7 @@ class OutputBuilder(BranchBuilder, Protocol):
         """Return the weight of the site."""
 
     def other(self, adapter: str) -> tuple[fx.Node, fx.Node, float]:
-        """Return A, B and the scale of another adapter at the site, one that the kind reads."""
+        """Return A, B and the scale of another adapter at the site, which the kind has to list as read."""
 
     @property
     def training(self) -> fx.Node:
@@ -467,7 +467,10 @@ class OutputBuilder(BranchBuilder, Protocol):
         """Return the output of a branch, with zeros for output features outside the site."""
 
     def of_call(self, target: Any, *args: Any) -> fx.Node:
-        """Write a node of the whole call, [samples, ...]. A branch of some samples reads their rows."""
+        """Write a node for all samples of a call, [samples, ...].
+
+        A branch that runs for some samples of a batch reads the rows of these samples.
+        """
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
         """Return the node that ``make`` writes; it is called once for each key."""
@@ -484,7 +487,7 @@ class OutputBuilder(BranchBuilder, Protocol):
 
         Args:
             function: It takes input, weight, bias, A, B and the scale.
-            more: Further arguments of it: nodes and values.
+            more: Further arguments of the function: nodes and values.
             quantized: The same function for a quantized weight; None if there is none.
             rows: The function that computes the operation with the branches of several adapters, each for
                 its own rows, and the same for a quantized weight. They take the arguments of
@@ -523,12 +526,12 @@ class Pattern(Protocol):
         """
 
     def flops(self, site: Site, rank: int) -> int:
-        """Return the extra multiply-adds times two for one token, pixel or index."""
+        """Return the FLOPs of the branch for one token, pixel or index: two for each multiply-add."""
 
 
 # --- weights in an export -------------------------------------------------------------------------
-# A weight format describes an exported weight without importing ONNX: arrays, an operator, and its
-# nodes.
+# With these classes, a weight format describes an exported weight without importing ONNX: its arrays, the
+# operator that reads them, and the nodes of the operator.
 
 
 class OnnxBuilder(Protocol):
@@ -577,10 +580,10 @@ class OnnxProduct:
     """The product ``x Wᵀ`` to make nodes for.
 
     Attributes:
-        x: [..., in].
-        arrays: Codes, scales and, if there are any, zero points: values of the file.
+        x: The input, [..., in].
+        arrays: Codes, scales and, if there are any, zero points: values in the graph of the file.
         rows: Rows of the matrix, [out, in].
-        columns: Its columns.
+        columns: Columns of the matrix.
         block: Values that share a scale.
         scheme: The scheme of :class:`lora_fx.ir.Quantization`.
     """
@@ -600,8 +603,8 @@ class OnnxOperator:
     Attributes:
         name: Its name in reports.
         nodes: Makes the nodes of a product, and returns their value.
-        dequantizes: True if it computes the values, which a separate product reads. Its scales then keep all
-            their digits, and a block may be a whole row.
+        dequantizes: True if it only computes the values, and a separate node multiplies with them. Its scales
+            then keep all their digits, and a block may be a whole row.
     """
 
     name: str
@@ -617,11 +620,11 @@ class OnnxWeight:
         operator: The operator.
         codes: uint8 or int8, in the shape that the operator needs.
         scales: fp32, one a block.
-        zeros: Zero points as the operator has them; None if all are in the middle. Those that are no integers
-            are in fp32, and get the dtype of the scales in the file.
+        zeros: Zero points as the operator reads them; None if all are in the middle of the codes. Zero points
+            that are no integers are in fp32 here, and have the dtype of the scales in the file.
         block: Values that share a scale.
-        fresh: True if the codes are in new memory, and not in the weight's.
-        order: The column of the matrix that each column of the codes is; None if they are in order.
+        fresh: True if the codes are in new memory, and not in the memory of the weight.
+        order: For each column of the codes, its column in the matrix; None if they are in order.
     """
 
     operator: OnnxOperator

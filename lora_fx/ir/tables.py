@@ -1,6 +1,6 @@
 """Tables for reports, as text and as HTML, which fold rows of equal layers into one row; and JSON.
 
-Plans, reports and status use it for their text and for their display in a notebook.
+Plans, reports and status use these functions for their text and for their display in a notebook.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=[.(]|$)|^\d+(?=[.(]|$)")
 
 @dataclass(frozen=True, slots=True)
 class FoldedRow:
-    """Rows whose names differ only in numbers.
+    """Rows with equal cells whose names differ only in numbers.
 
     Attributes:
         name: Their common name, ``layers.{0-31}.self_attn.q_proj``.
@@ -54,7 +54,7 @@ class FoldedRow:
 
 
 def folded(rows: Iterable[tuple[str, ...]]) -> list[FoldedRow]:
-    """Fold rows whose names differ only in numbers into single rows, in order of appearance.
+    """Fold rows with equal cells whose names differ only in numbers into single rows, in order of appearance.
 
     Args:
         rows: Names, each with its cells.
@@ -114,7 +114,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int)
     Args:
         columns: The headings.
         rows: The cells.
-        left: The number of columns to align left, which have names. Numbers are aligned right.
+        left: The number of columns to align left, because they have text. The others are aligned right.
     """
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
 
@@ -159,7 +159,7 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int 
 
 
 def html_lines(lines: Iterable[str], mark: str = "") -> str:
-    """Write lines of text in HTML, one below the other, each after a mark."""
+    """Write lines of text in HTML, one below the other, each with a prefix (``mark``)."""
     return "".join(f"<div>{mark}{escape(line)}</div>" for line in lines)
 
 

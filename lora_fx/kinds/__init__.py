@@ -1,4 +1,8 @@
-"""Adapter kinds: the protocol (what one trains, computes, changes and costs at a site), and the registry."""
+"""Adapter kinds, such as LoRA and DoRA: their protocol and their registry.
+
+A kind defines the tensors that an adapter trains at a site, its computation in a graph, the change that a
+merge makes, and its costs.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +46,7 @@ __all__ = [
 
 
 RANK: Final = -1
-"""The rank of a site, as a size in the shape of a slot."""
+"""A size in the shape of a slot that stands for the rank of the site."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class Costs:
 class Slot:
     """A tensor of a kind at a site, in addition to A and B or without them.
 
-    Most slots are trained vectors over the output features. A slot may also have any other shape, and the
+    Most slots are trained vectors over the output features. A slot may have any other shape, also with the
     rank as a size. A slot that is not trained is the state of an adapter: training calls write into it.
 
     Attributes:
@@ -72,14 +76,15 @@ class Slot:
         key: Its key in an adapter folder, below the name of the module; empty if no folder has it.
         shape: The stored shape; :data:`RANK` stands for the rank. For a vector over the output features:
             their number, and any axes of size 1.
-        what: A noun phrase for messages, which continue "has": "a magnitude".
+        what: A noun phrase with an article for messages, such as "a magnitude".
         neutral: The value with which the slot changes nothing; None if that depends on the weight.
-        scaled: True if the scale of the branch multiplies it.
-        multiplies: True if it multiplies, False if it is added.
-        role: Its input in a file that takes adapters as inputs: "bias" or "gain"; empty if it has none.
-        normed: True if it is compared with the norm of the weight.
-        over_outputs: True for a vector over the output features. A merge takes it in slices, as the weight.
-        trained: False for state.
+        scaled: True if the scale of the branch multiplies the slot.
+        multiplies: True if the slot is a factor, False if it is a summand.
+        role: The name of its input in a file that takes adapters as inputs: "bias" or "gain"; empty if it has
+            no input.
+        normed: True if the slot is divided by the norm of the weight.
+        over_outputs: True for a vector over the output features. A merge slices it together with the weight.
+        trained: True for a trained tensor, False for state.
     """
 
     name: str
@@ -101,7 +106,7 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Starting:
-    """The values from which a slot may compute its start.
+    """The values from which initial values of a slot may be computed.
 
     Attributes:
         row: The site.
@@ -127,10 +132,10 @@ class AdapterKind:
     from the existing one (:attr:`transforms`), with or without factors. All its other tensors are in slots,
     trained or not.
 
-    The pattern may read other factors than the stored ones: in another shape (:meth:`factors`), or computed
-    from them and the slots. They are :meth:`factor` in a graph and :meth:`merged_factors` in a merge. A kind
-    may differ between sites (:meth:`at`). It may depend on the call, and then no weight has its effect
-    (:attr:`dynamic`).
+    The stored factors may have another shape than those that the pattern reads (:meth:`factors`). The latter
+    are then computed from the stored factors and the slots, by :meth:`factor` in a graph and by
+    :meth:`merged_factors` in a merge. A kind may differ between sites (:meth:`at`). Its effect may depend on
+    the call, so that no merged weight can have it (:attr:`dynamic`).
 
     A kind needs at least a name, :meth:`slots`, :meth:`costs` and its computation. The computation is
     :meth:`joined` in a graph, and :meth:`transformed` and :meth:`bias_terms` in a merge.
@@ -142,20 +147,24 @@ class AdapterKind:
         transforms: True if it computes a new weight from the existing one: :meth:`transformed`.
         scales_bias: True if it also changes the bias that the operation adds, which must be a parameter then.
         trains: The parts that it trains in addition to A and B, in words for the dry run; empty for none.
-        keys: The keys of its slots in an adapter folder. They locate the sites of a kind without factors.
+        keys: The keys of its slots in an adapter folder. They show which sites a kind without factors adapts.
         fields: The fields of PEFT's configuration that choose it if exactly these are set; empty for a kind
             that ``LoraConfig(kind=name)`` chooses.
-        chosen_start: The value of ``init_lora_weights`` that chooses it as well; empty for any other value.
+        chosen_start: The value of ``init_lora_weights`` that chooses it; empty for a kind that is not chosen
+            by this field.
         frozen: The factors that are not trained: "a", "b" or both.
-        dynamic: The reason why no weight has the effect of the adapter, and a remedy, in words that continue
-            "because"; empty if a weight has it. A merge, and code that reads the weight, is refused with it.
+        dynamic: The reason why no merged weight can have the effect of the adapter, and a remedy, in words
+            that continue "because"; empty if a weight can. The error of a merge, or of code that reads the
+            weight, has these words.
         reads_tokens: True if its graphs read the tokens of the running call
             (:mod:`lora_fx.runtime.rows.call_tokens`).
-        does: The effect on each output feature, in words that continue so: "a bias on B adds to".
-        depends: The reason why a file that takes adapters as inputs needs the base weights for its values,
-            in words; empty if it does not need them.
-        constants: Functions of parameters alone, in its graphs, whose values a file stores instead.
-        handed: Functions whose first argument a file that takes adapters as inputs receives already computed.
+        does: The effect, in words that are followed by "each output feature": "a bias on B adds to".
+        depends: The reason why the inputs of a file that takes adapters as inputs depend on the base weights,
+            in words; empty if they do not.
+        constants: Functions in its graphs that have only parameters as arguments. An exported file stores
+            their results instead.
+        handed: Functions in its graphs that are left out of a file that takes adapters as inputs. In such a
+            file, the first argument of the function is an input, which already is the result.
         in_parts: True if its branch is right over a weight split across processes (tensor parallelism).
         widens: True if zeros at the end of the rank (of each group of a convolution) change nothing.
         deploys: True if it changes nothing but the weight, by ``s·BA``, so that ``deploy=`` of
@@ -188,9 +197,9 @@ class AdapterKind:
     # --- choice -----------------------------------------------------------------------------------
 
     def at(self, site: Site, config: LoraConfig) -> AdapterKind:
-        """Return the kind that a site gets: this one with its :meth:`options <with_options>`, or another.
+        """Return the kind of a site: this kind with :meth:`options <with_options>`, or another kind.
 
-        The default has the value of the field that chooses the kind, if that is a mapping.
+        By default, the options are the value of the field that chooses the kind, if that is a mapping.
         """
         value = getattr(config, self.fields[0]) if self.fields else None
         return self.with_options(value) if isinstance(value, Mapping) else self
@@ -205,7 +214,7 @@ class AdapterKind:
 
     @property
     def field(self) -> str:
-        """The first of the fields that choose it, for messages; "kind" if none does."""
+        """The configuration field to name in messages: the first that chooses the kind."""
         return (
             self.fields[0] if self.fields else "init_lora_weights" if self.chosen_start else "kind"
         )
@@ -217,7 +226,7 @@ class AdapterKind:
 
     @property
     def stores(self) -> bool:
-        """True if an adapter folder holds parameters of it."""
+        """True if an adapter folder has parameters of this kind."""
         return self.low_rank or bool(self.keys)
 
     @property
@@ -227,7 +236,7 @@ class AdapterKind:
 
     @property
     def new_base(self) -> bool:
-        """True if an adapter starts from another base weight: :meth:`start_base`."""
+        """True if an adapter of this kind changes the base weight at the start: :meth:`start_base`."""
         return type(self).start_base is not AdapterKind.start_base
 
     def config_for(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
@@ -254,7 +263,7 @@ class AdapterKind:
         """Return the initial values of A and B, in the stored shapes.
 
         Args:
-            starting: The values to compute them from. Its A and B are those that LoRA starts with.
+            starting: The values to compute them from. Its A and B have the initial values of LoRA.
         """
         assert starting.a is not None
         assert starting.b is not None
@@ -268,7 +277,7 @@ class AdapterKind:
     # --- slots, costs, limits ---------------------------------------------------------------------
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
-        """Return the slots that it trains at a site in addition to A and B."""
+        """Return the slots of the kind at a site: all its tensors in addition to A and B."""
         return ()
 
     def costs(self, site: Site, rank: int) -> Costs:
@@ -292,7 +301,7 @@ class AdapterKind:
 
     @property
     def setting(self) -> str:
-        """The setting of a configuration that chooses it, in words."""
+        """The setting of a configuration that chooses the kind, in words."""
         if self.chosen_start:
             return f"init_lora_weights={self.chosen_start!r}"
         if not self.fields:
@@ -348,11 +357,11 @@ class AdapterKind:
         return torch.full(slot.sized(starting.row.rank), slot.neutral)
 
     def start_base(self, row: PlannedSite, weight: Tensor) -> Tensor:
-        """Return the weight that replaces that of the base, a new tensor. The default changes no weight.
+        """Return a new tensor that replaces the weight of the base. The default keeps the weight.
 
         Args:
             row: The site.
-            weight: Its weight as stored. Do not write to it.
+            weight: The weight of the site as stored. Do not write to it.
         """
         return weight
 
@@ -377,7 +386,7 @@ class AdapterKind:
         Args:
             build: Writes nodes.
             letter: "a" or "b".
-            stored: The node that reads the stored factor, in the site's own role.
+            stored: The node that reads the stored factor, transposed if the site shares factors of another.
         """
         return stored
 
@@ -403,15 +412,15 @@ class AdapterKind:
         return None
 
     def without_bias(self) -> AdapterKind:
-        """Return the kind for a product that code computes with a layer's weight, but without its bias."""
+        """Return the kind for a product with a layer's weight that does not add the layer's bias."""
         return self
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
         """Write the output of the operation with the adapter, and return its node.
 
-        The node has the role ``ADD`` and ``build.total`` for its first argument. If that is not
+        The node has the role ``ADD``, and its first argument is ``build.total``. If ``build.total`` is not
         ``build.base``, it already includes other adapters, and the change of this adapter is added to it. A
-        kind names its fused function here (:meth:`lora_fx.ir.OutputBuilder.fuse_by`).
+        kind sets its fused function here (:meth:`lora_fx.ir.OutputBuilder.fuse_by`).
 
         Args:
             build: Writes nodes.
@@ -422,7 +431,7 @@ class AdapterKind:
     # --- merges -----------------------------------------------------------------------------------
 
     def values(self, site: Site, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return slots as the methods below take them: vectors over the output features flat.
+        """Return slots in the shapes that the methods below take: vectors over output features are flat.
 
         Args:
             site: The site.
@@ -438,8 +447,8 @@ class AdapterKind:
 
         Args:
             site: The site.
-            a: A as stored, in the site's own role.
-            b: B as stored, in the site's own role.
+            a: A as stored, or for a site that shares factors, the transpose of the shared factor.
+            b: B as stored, or for a site that shares factors, the transpose of the shared factor.
             values: The slots by name, in the dtype of the factors (:meth:`values`).
 
         Raises:
@@ -511,7 +520,7 @@ class AdapterKind:
     def from_inputs(
         self, site: Site, weight: Tensor, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return B and the slots, by role, from which :meth:`inputs` computes these inputs at a scale of 1.
+        """Return B and the slots by role from inputs of a file: the inverse of :meth:`inputs` at scale 1.
 
         Args:
             site: The site.
@@ -565,7 +574,7 @@ def kinds() -> tuple[AdapterKind, ...]:
 
 
 def register_adapter_kind(kind: AdapterKind) -> None:
-    """Register an adapter kind of your own: the parameters of a site, with or without A and B.
+    """Register a new adapter kind, with or without the factors A and B.
 
     A configuration chooses it by its name, ``LoraConfig(kind="ia3", target_modules=[...])``. All of PEFT's
     fields keep their meaning: they select the operations to adapt and the other parameters to train. A kind
@@ -700,7 +709,7 @@ def kind_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
     """Return the reason why a selected site cannot have the configuration's kind; None if it can.
 
     Raises:
-        ConfigError: If it cannot, and the configuration names the site in a list, so that skipping is wrong.
+        ConfigError: If it cannot, and the configuration lists the site, so that it must not be skipped.
     """
     kind = site_kind(site, config)
     _check_merges(kind, site)
@@ -714,7 +723,7 @@ def _check_merges(kind: AdapterKind, site: Site) -> None:
     """Raise for a kind that trains slots whose effect on a merged model is unknown.
 
     Raises:
-        ConfigError: It names the slots and the methods.
+        ConfigError: With the names of the slots, and of the methods to override.
     """
     said = kind.transforms or kind.dynamic or kind.trains_only or not kind.direct
     if said or not kind.low_rank:
@@ -737,12 +746,12 @@ def _is_named(name: str, config: LoraConfig) -> bool:
 
 
 def refusal(kind: AdapterKind) -> str:
-    """Return the reason why no weight has the effect of a kind, with a remedy."""
+    """Return the reason why no merged weight can have the effect of a kind, with a remedy."""
     return f"no weight has the effect of this adapter, because {kind.dynamic}"
 
 
 def stores_product(kind: AdapterKind) -> bool:
-    """Return True if the stored A and B are the factors of the change, ``s·BA``, of the weight."""
+    """Return True if the weight's change is ``s·BA`` of the stored A and B."""
     return kind.low_rank and kind.direct and not kind.dynamic
 
 

@@ -20,7 +20,7 @@ __all__ = ["KINDS", "ActivatedLora"]
 
 
 class ActivatedLora(Lora):
-    """Two factors, and a phrase: its options are the ``tokens`` of the phrase."""
+    """Two factors, and a phrase. The options of the kind are the ``tokens`` of the phrase."""
 
     in_parts = False
     reads_tokens = True

@@ -1,6 +1,6 @@
-"""Arrow (arXiv:2405.11157): a router over other adapters of the model, which trains nothing itself.
+"""Arrow (arXiv:2405.11157): a router over other adapters of the model, with no trained parameters.
 
-For each token it weights the outputs of the adapters (:mod:`lora_fx.runtime.rows.routing`).
+For each token the router weights the outputs of the adapters (:mod:`lora_fx.runtime.rows.routing`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["KINDS", "Arrow"]
 class Arrow(AdapterKind):
     """A router over the adapters that ``arrow_config`` names.
 
-    Its options: the adapters that tokens are routed to (``tasks``), those whose mean is subtracted from them
-    (``general``, for ``use_gks``), ``top_k``, ``temperature``, and the ``seed`` of the prototypes.
+    Its options: the adapters that tokens are routed to (``tasks``), the adapters whose mean is subtracted
+    from them (``general``, for ``use_gks``), ``top_k``, ``temperature``, and the ``seed`` of the prototypes.
     """
 
     low_rank = False
@@ -44,7 +44,7 @@ class Arrow(AdapterKind):
         """Return the kind with the configuration's adapters and options.
 
         Raises:
-            ConfigError: If it names no adapters, or fewer than a token is routed to.
+            ConfigError: If the configuration names no adapters, or fewer adapters than ``top_k``.
         """
         router = config.arrow_config
         assert router is not None

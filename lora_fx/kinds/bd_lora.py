@@ -59,11 +59,11 @@ class BlockDiagonal(Lora):
 
     @property
     def blocks(self) -> int:
-        """The number of its blocks."""
+        """The number of blocks of the block-diagonal factor; 1 before a site is known."""
         return 1 if self.options is None else int(self.options["blocks"])
 
     def at(self, site: Site, config: LoraConfig) -> AdapterKind:
-        """Return the kind of a layer by its name: PEFT looks for each entry anywhere in the whole name."""
+        """Return the kind of a layer by its name. As in PEFT, an entry matches anywhere in the whole name."""
         options = config.use_bdlora
         assert options is not None
         matches = _letters(site.name, config)
@@ -87,7 +87,7 @@ class BlockDiagonal(Lora):
         return self.with_options({"letter": "", "blocks": 1, "problem": problem})
 
     def objection(self, site: Site, rank: int) -> str | None:
-        """Refuse what PEFT refuses: other layers than linear ones, and sizes that blocks do not divide."""
+        """Refuse, as PEFT does, layers that are not linear, and sizes that the blocks do not divide."""
         whole = site.rows is None and site.parameter == "weight" and not site.experts
         if site.family != "linear" or not whole or site.attention:
             return "BD-LoRA is for linear layers alone (as in PEFT): leave it out"
@@ -123,7 +123,7 @@ class BlockDiagonal(Lora):
     def merged_factors(
         self, site: Site, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return the factors as whole matrices."""
+        """Return both factors as whole matrices."""
         if self.letter == "a":
             return block_diagonal(a, self.blocks), b
         return a, block_diagonal(b, self.blocks)

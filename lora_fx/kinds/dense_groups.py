@@ -1,8 +1,9 @@
 """Grouped convolutions as PEFT trains them: every row of A reads all input channels.
 
 PEFT's A of a convolution with g groups is dense, [r, in, *k], and its B is grouped, [out, r/g, 1, ...]. The
-convolution itself has a weight [out, in/g, *k]. So a weight can hold the sum only if the rows of A for each
-group are zero outside of the channels of that group. A folder whose A is of that form loads as plain LoRA.
+convolution itself has a weight [out, in/g, *k]. So an adapter can be merged into the weight only if the rows
+of A for each group are zero outside of the channels of that group. A folder with such an A is loaded as plain
+LoRA.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ __all__ = ["KINDS", "DenseDora", "DenseLora"]
 
 
 class _Dense(AdapterKind):
-    """The part that LoRA and DoRA share: an A that reads all input channels."""
+    """Base class of LoRA and DoRA with an A that reads all input channels."""
 
     in_parts = False
     deploys = False
 
     def config_for(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
-        """Choose this kind for a folder in which the A of any grouped convolution mixes groups."""
+        """Set ``dense_groups`` for a folder in which the A of a grouped convolution mixes groups."""
         if config.kind is not None or config.dense_groups:
             return config
         for key, a in tensors.items():
@@ -53,7 +54,7 @@ class _Dense(AdapterKind):
         return dataclasses.replace(shapes, a=(rank, inner * site.groups, *kernel))
 
     def costs(self, site: Site, rank: int) -> Costs:
-        """Return the FLOPs that a branch without groups has in addition, for one output position."""
+        """Return costs that include the additional FLOPs of a branch without groups, for one position."""
         costs, kernel = super().costs(site, rank), math.prod(site.weight_shape[2:])
         elements = rank * (site.in_features * kernel + site.out_features)
         more = 2 * (elements - elements // site.groups)
@@ -62,7 +63,7 @@ class _Dense(AdapterKind):
     def merged_factors(
         self, site: Site, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return A without the channels of other groups, if it is zero there."""
+        """Return A without the channels of other groups. Raise if A is not zero there."""
         own, outside = grouped.between_groups(a, site.groups)
         if outside.any():
             raise MergeError(
@@ -109,12 +110,15 @@ class DenseLora(_Dense, Lora):
         return self if _is_dense(site) else Lora(self.bias)
 
     def without_bias(self) -> AdapterKind:
-        """Return the kind without a bias: B's bias is added to that of the layer."""
+        """Return the kind without a bias, because B's bias is added together with the layer's bias."""
         return KINDS[0]
 
 
 class DenseDora(_Dense, Dora):
-    """DoRA in the same form, with PEFT's gain (:func:`lora_fx.runtime.kernels.dora.dense_gain`)."""
+    """DoRA with an A that reads all input channels.
+
+    Its gain is PEFT's (:func:`lora_fx.runtime.kernels.dora.dense_gain`).
+    """
 
     constants: tuple[Any, ...] = ()
     handed: tuple[Any, ...] = ()
@@ -140,11 +144,11 @@ class DenseDora(_Dense, Dora):
         return self
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
-        """Return the magnitude, which is compared with PEFT's number and not with the norm of a weight."""
+        """Return the magnitude. PEFT divides it by a number that is not the norm of a weight."""
         return tuple(dataclasses.replace(slot, normed=False) for slot in super().slots(site))
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
-        """Return PEFT's start: the gain is 1."""
+        """Return PEFT's initial magnitude, with which the gain is 1."""
         assert starting.a is not None
         assert starting.b is not None
         row = starting.row

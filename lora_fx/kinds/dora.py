@@ -26,11 +26,11 @@ _LINEAR = (F.linear, torch.ops.aten.linear.default)
 
 
 def _makes_base_again(site: Site) -> bool:
-    """Return True if a step that saves memory recomputes the base product for the gradient of the magnitude.
+    """Return True if a backward that saves memory recomputes the base product, for the magnitude's gradient.
 
-    The output of a layer that widens is nearly always saved by the next operation (an activation). The output
-    of a layer that narrows is small compared with its work. Both are saved: only square layers recompute.
-    docs/benchmarks.md has both costs.
+    If a layer has more outputs than inputs, the next operation (an activation) saves its output anyway. If it
+    has fewer, the output is small compared with the cost of the product. So only square layers recompute it.
+    docs/benchmarks.md has the costs of both.
     """
     square = site.in_features == site.out_features
     return site.pattern == "linear" and square and not site.part_of
@@ -39,8 +39,8 @@ def _makes_base_again(site: Site) -> bool:
 class Dora(AdapterKind):
     """Two factors and a magnitude.
 
-    With ``bias``, B has a trained bias as well. No configuration chooses that. It is for files that take
-    adapters of both kinds.
+    With ``bias``, B has a trained bias as well. No configuration chooses this variant. It is for exported
+    files that take adapters of both kinds as inputs.
     """
 
     transforms = True
@@ -74,7 +74,7 @@ class Dora(AdapterKind):
         return (bias_slot(site), magnitude) if self.bias else (magnitude,)
 
     def costs(self, site: Site, rank: int) -> Costs:
-        """Return a product and a sum per output feature. The norm is not a cost per token."""
+        """Return one product and one sum for each output feature. The norm is not a cost per token."""
         out = site.out_features
         return Costs(out, 2 * out, out)
 
@@ -109,7 +109,7 @@ class Dora(AdapterKind):
         return shift if bias is None else build.call(Role.MAGNITUDE, operator.add, bias, shift)
 
     def without_bias(self) -> AdapterKind:
-        """Return plain DoRA: B's bias is added to that of the layer."""
+        """Return plain DoRA, because B's bias is added together with the layer's bias."""
         return KINDS[0]
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
@@ -164,7 +164,7 @@ class Dora(AdapterKind):
         )
 
     def _constant(self, build: OutputBuilder) -> fx.Node:
-        """Write the gain for the branch, detached if its gradient comes from the sum."""
+        """Write the gain for the branch. It is detached if the node of the sum computes its gradient."""
         if not _from_output(build):
             return self._gain(build)
         return build.once("held", lambda: build.call(Role.MAGNITUDE, dora.held, self._gain(build)))

@@ -57,7 +57,7 @@ class Kasa(Lora):
         return dataclasses.replace(bias, parameters=bias.parameters + rank)
 
     def objection(self, site: Site, rank: int) -> str | None:
-        """Refuse everything but a linear layer, stored [out, in], whose weight nothing else reads.
+        """Refuse everything but a linear layer, stored [out, in], whose weight is not tied.
 
         Also refuse a rank that leaves no singular value of the weight.
         """
@@ -79,7 +79,7 @@ class Kasa(Lora):
         )
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
-        """Return normal numbers: B is zero at first, so that they change nothing."""
+        """Return normal random numbers. They change nothing, because B is zero at first."""
         if slot.name != _DIAGONAL:
             return super().start(slot, starting)
         name = f"{starting.row.name}.{_DIAGONAL}"

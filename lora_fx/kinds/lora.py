@@ -27,7 +27,7 @@ def bias_slot(site: Site) -> Slot:
 
 
 def bias_start(starting: Starting) -> Tensor:
-    """Return zeros, or, if B starts random too, the uniform start of a layer's bias at this rank."""
+    """Return the initial bias on B: zeros, or uniform numbers as in ``nn.Linear`` if B starts random, too."""
     site = starting.row.site
     bias = torch.zeros(site.out_features)
     if starting.config.init_lora_weights is False:
@@ -37,7 +37,7 @@ def bias_start(starting: Starting) -> Tensor:
 
 
 def layer_objection(method: str, kind: AdapterKind, site: Site) -> str | None:
-    """Return the reason why a site cannot have a variant of PEFT's that is for linear layers; None if it can.
+    """Return why a site cannot have a variant of LoRA that is for linear layers only; None if it can.
 
     Args:
         method: The name of the variant.
@@ -80,7 +80,7 @@ class Lora(AdapterKind):
         return super().objection(site, rank)
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
-        """Return the start of B's bias, or of a slot of a subclass."""
+        """Return the initial values of B's bias, or of a slot of a subclass."""
         return bias_start(starting) if slot.name == BIAS else super().start(slot, starting)
 
     def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
@@ -88,7 +88,7 @@ class Lora(AdapterKind):
         return build.cast_slot(BIAS) if self.bias else None
 
     def without_bias(self) -> AdapterKind:
-        """Return the kind without B's bias, which is added to that of the layer."""
+        """Return the kind without B's bias, because that is added together with the layer's bias."""
         return type(self)().with_options(self.options) if self.bias else self
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
@@ -104,7 +104,7 @@ class Lora(AdapterKind):
         return build.call(Role.ADD, operator.add, build.total, build.padded(scaled))
 
     def fuse(self, build: OutputBuilder) -> None:
-        """Name the function that computes the operation with its branch."""
+        """Set the function that computes the operation with its branch."""
         rows = (fused_rows.lora_rows, fused_rows.quantized_lora_rows)
         build.fuse_by(fused_lora.lora_linear, quantized=fused_lora.quantized_lora_linear, rows=rows)
 

@@ -1,4 +1,4 @@
-"""MiCA (arXiv:2604.01694): LoRA with a frozen B, the weight's left singular vectors of the least values.
+"""MiCA (arXiv:2604.01694): LoRA with a frozen B, the left singular vectors of the smallest singular values.
 
 A starts at zero, so that the adapter changes nothing at first. ``init_lora_weights="mica"`` chooses it.
 """
@@ -16,7 +16,7 @@ __all__ = ["KINDS", "Mica"]
 
 
 class Mica(Lora):
-    """Two factors, of which A is trained."""
+    """Two factors. A is trained, B is frozen."""
 
     frozen = ("b",)
     chosen_start = "mica"
@@ -45,7 +45,7 @@ class Mica(Lora):
         )
 
     def start_pair(self, starting: Starting) -> tuple[Tensor, Tensor]:
-        """Return zeros, and the singular vectors, computed in fp32 as in PEFT, or in fp64."""
+        """Return zeros for A, and for B the singular vectors, computed in fp32 as in PEFT, or in fp64."""
         a, b = super().start_pair(starting)
         weight = starting.weight.to(torch.promote_types(starting.weight.dtype, torch.float32))
         site = starting.row.site

@@ -1,11 +1,11 @@
 """MonteCLoRA (Sengupta et al. 2024, arXiv:2411.04358): LoRA whose A has noise with trained variances.
 
 A training call computes with ``A + Σᵢ wᵢ noiseᵢ``. The noise is normal, with variances that have a Wishart
-distribution. The weights have a Dirichlet distribution, here a normal one before a softmax. Both have trained
-parameters, and :func:`lora_fx.adapter_penalty` keeps these near their priors. In evaluation mode, and in
-merges, it is LoRA.
+distribution. The weights ``wᵢ`` have a Dirichlet distribution, approximated by the softmax of normal numbers.
+The parameters of both distributions are trained, and :func:`lora_fx.adapter_penalty` keeps them near their
+priors. In evaluation mode, and in merges, it is LoRA.
 
-PEFT draws the noise of many calls ahead of time. Here a call draws its own, which has the same distribution.
+PEFT draws the noise of many calls ahead of time. Here each call draws new noise, with the same distribution.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Monteclora(Lora):
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """Return the trained parameters of the noise, and the state that the last training call has left.
 
-        The state has the variances and weights, which folders have, and the random numbers that they were
-        computed from, for the gradient of the loss.
+        The state is the variances and weights, which are saved, and the random numbers that they were
+        computed from, which the gradient of the penalty needs.
         """
         assert self.options is not None
         count = (self.options["num_samples"],)
@@ -83,7 +83,7 @@ class Monteclora(Lora):
         return layer_objection("MonteCLoRA", self, site)
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
-        """Return uniform parameters, unit variances, equal weights, and no random numbers yet."""
+        """Return uniform numbers for parameters. The state starts with unit variances and equal weights."""
         if slot.name == BIAS:
             return super().start(slot, starting)
         values = torch.zeros(slot.sized(starting.row.rank))
@@ -98,7 +98,7 @@ class Monteclora(Lora):
     ) -> Tensor:
         """Return the mean of the weighted divergences from the priors, plus ``Σ wᵢ²`` with ``use_entropy``.
 
-        Variances and weights are those of the last training call. It is zero in evaluation mode.
+        Variances and weights are those of the last training call. The penalty is zero in evaluation mode.
         """
         assert self.options is not None
         spread, prior = factors[_SPREAD], factors[_PRIOR]
@@ -117,7 +117,7 @@ class Monteclora(Lora):
         return loss / sites
 
     def factor(self, build: OutputBuilder, letter: str, stored: fx.Node) -> fx.Node:
-        """Write A with noise for A."""
+        """Write A with noise, if the letter is "a". B is unchanged."""
         if letter == "b":
             return stored
         assert self.options is not None
@@ -147,8 +147,8 @@ def sampled(
         variance: State: the last variances, as a matrix [r, r].
         weights: State: the last weights, [n].
         squares: State: the random numbers that the variances were computed from, [r].
-        normals: State: those that the weights were computed from, [n].
-        scale: The factor of the noise.
+        normals: State: the random numbers that the weights were computed from, [n].
+        scale: The number by which the noise is multiplied.
         training: True in training mode.
     """
     if not training:
@@ -183,7 +183,7 @@ def _weights(prior: Tensor, normals: Tensor) -> Tensor:
 
 
 def _dirichlet(concentrations: Tensor, prior: float) -> Tensor:
-    """Return the divergence of concentrations from a prior that has equal ones, as PEFT computes it."""
+    """Return the divergence from a Dirichlet prior whose concentrations are all ``prior``, as in PEFT."""
     priors, total = torch.full_like(concentrations, prior), concentrations.sum()
     result = total.lgamma() - priors.sum().lgamma()
     result = result + (concentrations.lgamma() - priors.lgamma()).sum()

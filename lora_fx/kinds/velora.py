@@ -1,8 +1,8 @@
 """VeLoRA (Miles et al. 2024, arXiv:2405.17991): LoRA that saves compressed inputs for the gradient of A.
 
 The features of an input vector are cut into groups. Each group is saved as its product with one unit vector,
-the projection, and reconstructed from that in the backward. The gradient of A is that of the reconstructed
-input. Everything else is LoRA: outputs, the gradient of the input, merges.
+the projection. The backward reconstructs the input from these products to compute the gradient of A.
+Everything else is as in LoRA: outputs, the gradient of the input, merges.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STARTED: Final = "lora_velora_initialized"
 
 
 class Velora(Lora):
-    """Two factors, and the projection of each layer as state."""
+    """Two factors, and the projection of each layer, which is state."""
 
     in_parts = False
 
@@ -38,11 +38,10 @@ class Velora(Lora):
         self.options = complete_options(self.fields[0], {})
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
-        """Return the projection, [⌈in / groups⌉], and with "batch_average_once" a flag that it is computed.
+        """Return B's bias, if B has one, and the projection, [⌈in / groups⌉].
 
-        B's bias comes first, if B has one.
-
-        No folder has the flag, as in PEFT: a loaded adapter computes its projection from its first batch.
+        With "batch_average_once", also return a flag that the projection is computed. As in PEFT, no folder
+        has the flag, so that a loaded adapter computes its projection from its first batch.
         """
         size = (_group_size(site.in_features, self._groups),)
         state: dict[str, Any] = {"over_outputs": False, "trained": False}
@@ -65,7 +64,7 @@ class Velora(Lora):
         return start
 
     def costs(self, site: Site, rank: int) -> Costs:
-        """Return the products with the projection. A number for each group is saved, and not the input."""
+        """Return the cost of the projection. One number for each group is saved instead of the input."""
         bias, flops = super().costs(site, rank), 2 * site.in_features
         saved = self._groups - site.in_features
         return Costs(bias.parameters, bias.flops + flops, bias.saved + saved)
@@ -114,10 +113,11 @@ def down(
         x: [..., in].
         a: A, [r, in].
         projection: [⌈in / groups⌉], which a training call overwrites if it averages.
-        started: 1 if the first batch has been seen and the projection stays; None if each batch counts.
+        started: Set to 1 by the first batch, after which the projection does not change. None if each batch
+            computes the projection.
         training: True in training mode.
         groups: Number of groups of features.
-        scale: The factor of the reconstructed input.
+        scale: The number by which the reconstructed input is multiplied.
         averages: True if the projection is the mean direction of the groups in a batch.
     """
     if not (training and torch.is_grad_enabled()):
@@ -130,7 +130,7 @@ def down(
                 new = torch.where(started > 0, projection, new)
                 started.fill_(1)
             projection.copy_(new)
-        # The saved tensor is not the state: the next forward may run before the backward.
+        # Save the new tensor and not the state, which the next forward may overwrite before the backward.
         projection = new
     product: Tensor = _Down.apply(x, a, projection, groups, scale)  # type: ignore[no-untyped-call]
     return product
@@ -168,13 +168,13 @@ def _group_size(features: int, groups: int) -> int:
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """Return the features of all vectors in groups, padded with zeros: [n, groups, size]."""
+    """Return the features of all vectors in groups, [n, groups, size]. Zeros fill the last group."""
     size = _group_size(x.shape[-1], groups)
     return F.pad(x, (0, groups * size - x.shape[-1])).reshape(-1, groups, size)
 
 
 def _normalized(vector: Tensor) -> Tensor:
-    """Return the unit vector of a direction, in fp32; that of ones for zeros."""
+    """Return the vector with norm 1, in fp32. A vector of zeros becomes a vector of equal values."""
     vector = vector.float()
     norm = torch.linalg.vector_norm(vector)
     ones = torch.ones_like(vector)

@@ -1,4 +1,4 @@
-"""Capture of a module as graphs: three front-ends, and checks of their results."""
+"""Capture of a model as graphs: three front-ends, and checks of their results."""
 
 from __future__ import annotations
 

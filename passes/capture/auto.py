@@ -47,10 +47,11 @@ def capture(
 ) -> Capture:
     """Capture a model as graphs and check them; see :func:`lora_fx.capture`.
 
-    Without ``verify`` the graphs are not compared with the model, because a rewrite compares its result.
+    Without ``verify`` the graphs are not compared with the model. A rewrite does so, because it compares its
+    result.
 
-    Parameters that ZeRO-3 has partitioned are replaced by meta parameters of the full shape,
-    until :func:`lora_fx.passes.graph.put_partitions_back`.
+    Parameters that ZeRO-3 has partitioned are replaced by meta parameters of the full shape.
+    :func:`lora_fx.passes.graph.put_partitions_back` undoes that.
     """
     if example_inputs is not None and any(map(is_partitioned, model.parameters())):
         raise CaptureError(
@@ -70,7 +71,7 @@ def capture(
     except CaptureError as error:
         if frontend not in ("auto", "export"):
             raise
-        # A value that a trace has fixed shows only when the graph runs.
+        # Only a run shows that the trace has fixed a value that changes.
         _log.warning("not captured by %s: %s", result.frontend, error)
         notes = (*result.notes, f"not {result.frontend}: {error}")
         return _that_holds(model, result, example_inputs, notes)
@@ -162,7 +163,7 @@ def _captured(
 def _why_regions(
     model: nn.Module, traced: Capture, example_inputs: Any, stored: Quantization | None
 ) -> str | None:
-    """Return the reason why the regions need no export, or None if an export would see more."""
+    """Return the reason to capture by regions and not by export, or None if an export would see more."""
     if example_inputs is None:
         return "there are no example_inputs"
     if stored is not None:
@@ -193,7 +194,7 @@ def _names(model: nn.Module) -> set[str]:
 
 
 def _not_symbolic(capture: Capture) -> str | None:
-    """Return the reason why a module has no graph, or None if everything has one."""
+    """Return the first reason why a module has no graph, or None if all modules of user code have one."""
     if "" in capture.opaque:
         return f"{type(capture.model).__name__}: {capture.opaque['']}"
     for fqn, reason in capture.opaque.items():

@@ -1,4 +1,4 @@
-"""Comparison of a capture with the original model on the example inputs."""
+"""Comparison of a capture with the original model on the example inputs, and the weights that a call uses."""
 
 from __future__ import annotations
 
@@ -59,10 +59,11 @@ _OPERANDS: dict[str, tuple[int, ...]] = {
     "rnn_relu": (2, 3),
     "rnn_tanh": (2, 3),
 }
-_VECTORS = {"addmv", "dot", "mv"}  # in other operators a vector is a bias
-# The results of these have values of the first argument, whatever selects them.
+# Operators whose weight may be a vector. In other operators a vector is a bias.
+_VECTORS = {"addmv", "dot", "mv"}
+# Operators that select values of their first argument. The origin of the indices does not matter.
 _SELECT = {"gather", "index", "index_select", "take", "_unsafe_index"}
-# The results of these have the same values in other storage.
+# Operators that copy values into other storage.
 _COPY = {"_to_copy", "cat", "clone", "constant_pad_nd", "contiguous", "copy", "stack"}
 
 
@@ -71,9 +72,9 @@ class Count:
     """Weights of the linear operations that a call ran.
 
     Attributes:
-        direct: Parameters that are a weight directly, or reshaped, cast
-            or in parts. Each entry has all the names of one parameter.
-        computed: Computed weights. Each entry has the names of the parameters that it is computed from.
+        direct: Parameters that are applied as they are, or reshaped, cast or in parts. Each entry has all
+            names of one parameter.
+        computed: Weights that are computed from parameters. Each entry has the names of these parameters.
     """
 
     direct: tuple[frozenset[str], ...]
@@ -99,7 +100,12 @@ def count_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @dataclass(frozen=True)
 class _Origin:
-    """Origin of a value that is computed from parameters only."""
+    """Origin of a value that depends on parameters only.
+
+    Attributes:
+        names: All names of each parameter that the value depends on.
+        direct: True if the values are those of a parameter, without arithmetic.
+    """
 
     names: frozenset[frozenset[str]]
     direct: bool
@@ -189,8 +195,8 @@ _TOLERANCE = 1e-6
 def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> float:
     """Run the model and its capture in eval mode, and compare the outputs.
 
-    Both are called twice if a call changes state, because a graph may have fixed the state of the first
-    call.
+    If a call changes the state of the model, both are called a second time, because a graph may have fixed
+    the state before the first call.
 
     Returns:
         The largest difference, relative to the largest value of its output; 0.0 for equal bits.
@@ -224,7 +230,7 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
 
 
 def _runnable(model: nn.Module, regions: Iterable[Region]) -> nn.Module:
-    """Return a copy that runs the graphs, so that state written by a forward stays out of the capture."""
+    """Return a copy of the model that runs the graphs. A forward then writes state into the copy only."""
     regions = [region for region in regions if not region.not_run]
     install(regions)
     try:
@@ -235,7 +241,7 @@ def _runnable(model: nn.Module, regions: Iterable[Region]) -> nn.Module:
 
 
 def run_reference(model: nn.Module, example_inputs: Any) -> Any:
-    """Return the model's output in eval mode. A copy over its weights runs, so the model is not touched.
+    """Return the model's output in eval mode. A copy that shares the weights runs, not the model itself.
 
     Raises:
         CaptureError: If the inputs do not fit the model.
@@ -255,7 +261,7 @@ def run_once(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def watch_reference(model: nn.Module, example_inputs: Any) -> Count:
-    """Count the weights that the model applies to the example inputs. A copy over its weights runs.
+    """Count the weights that the model applies to the example inputs. A copy that shares the weights runs.
 
     Raises:
         CaptureError: If the inputs do not fit the model.
@@ -292,7 +298,7 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:
-    """Return the output in eval mode. Every run starts from the same random state, and keeps it."""
+    """Return the output in eval mode. Every run starts from the same random state, and restores it."""
     with torch.no_grad():
         return _called(model, example_inputs)
 
@@ -306,7 +312,7 @@ def _run_with_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, list[t
 
 
 def _run_with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
-    """Return the output, a second one if the first call changed state, and the change in words or None."""
+    """Return the outputs of one call, or of two if the first changed state, and the change or None."""
     before = State(model)
     outputs = [_run_with_inputs(model, example_inputs)]
     left = before.changed()
@@ -316,7 +322,7 @@ def _run_with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[
 
 
 def _called(model: nn.Module, example_inputs: Any) -> Any:
-    # A forward may write into its inputs: into tensors, and often into caches.
+    # Copy the inputs, because a forward may write into tensors and caches.
     return _called_with(model, *pytree.tree_map(_own, normalize(example_inputs)))
 
 
@@ -331,7 +337,7 @@ def _called_with(model: nn.Module, args: Any, kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """Disable the fast path of attention, which graphs do not have, and which writes zeros into padding."""
+    """Disable the fast path of attention: graphs do not have it, and it writes zeros into padding."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

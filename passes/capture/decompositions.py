@@ -1,14 +1,14 @@
 """Written-out forwards of library modules that apply several weights inside one call.
 
 The original ``forward`` branches on its arguments, and has fast paths in C++ that would need each adapted
-weight as a whole. The functions here compute the same from visible operations. For attention: one
-projection each for q, k and v, the attention (:func:`lora_fx.runtime.attention.attend`), and one output
-projection. A transposed convolution gets the size of its output from its caller. Each function has the
-signature of the ``forward`` that it replaces, and its graph holds for every call.
+weight as a whole. The functions here compute the same with operations that a trace records. For attention,
+these are one projection each for q, k and v, the attention (:func:`lora_fx.runtime.attention.attend`), and
+one output projection. For a transposed convolution, the padding of the output is computed at each call. Each
+function has the signature of the ``forward`` that it replaces, and its graph is right for every call.
 
-A library of quantized weights may have its own layers, whose forward changes them as they run. Their
-format provides a written-out forward over the same weight and kernels. ``nn.Linear`` and other code stay as
-they are, and their products with such a weight become one opaque node for autograd.
+A library of quantized weights may have its own layers, whose forward changes the layer's attributes. The
+weight's format provides a written-out forward with the same weight and kernels. ``nn.Linear`` and other code
+stay as they are, except that a product with a quantized weight becomes a call of ``quantized_linear``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 def _written_out_of_torchvision(cls: type[nn.Module]) -> Callable[..., Any] | None:
     """Return the written-out ``forward`` of a torchvision class, or None for other classes."""
     original = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None)
-    # Another class may have the same name.
+    # A class of another package may have the same names.
     return _WINDOWED.get((cls.__module__, cls.__qualname__)) if original is cls else None
 
 
@@ -123,7 +123,7 @@ def _written_out_of_transformers(module: nn.Module) -> Callable[..., Any] | None
 def _with_signature(
     forward: Callable[..., Any], original: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Return the forward with the argument names of the original."""
+    """Return a written-out forward with the signature of the original."""
 
     @functools.wraps(forward)
     def wrapped(*args: Any) -> Any:
@@ -409,7 +409,7 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def written_conditions(module: nn.Module) -> tuple[str, ...]:
-    """Return expressions of ``self`` that are true if the written-out forward does not apply any more."""
+    """Return Python expressions in ``self`` that are true if the written-out forward no longer applies."""
     chosen = experts_implementation(module)
     if chosen is None:
         return ()
@@ -421,7 +421,7 @@ def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., 
 
     Args:
         module: The layer.
-        cls: Its own class.
+        cls: The class of the layer, without classes that lora_fx adds.
     """
     for known in formats():
         forward = known.layers.forward(cls)
@@ -431,9 +431,10 @@ def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., 
 
 
 def holds_quantized(module: nn.Module) -> bool:
-    """Return True if code outside of a child would misread its quantized weight, or for a library's layer.
+    """Return True if a module's own forward must not run with quantized weights.
 
-    The forward of such a layer sets attributes on which its graph depends, as bitsandbytes does.
+    This is true for a library's layer, whose forward may set attributes on which its graph depends, as in
+    bitsandbytes. It is also true if a child has a quantized weight, which the module's code could misread.
     """
     if setup_of(module) is not None:
         return True
@@ -442,7 +443,7 @@ def holds_quantized(module: nn.Module) -> bool:
 
 
 def setup_of(module: nn.Module) -> tuple[Any, ...] | None:
-    """Return the settings that the graph of a library's quantized layer depends on, or None."""
+    """Return the settings on which the graph of a library's quantized layer depends, or None."""
     if written_out_layer(module, original_class(module)) is None:
         return None
     known = format_of(module._parameters["weight"])
@@ -452,7 +453,8 @@ def setup_of(module: nn.Module) -> tuple[Any, ...] | None:
 def make_opaque(graph: fx.Graph, module: nn.Module) -> fx.Graph:
     """Replace products with a quantized weight by :func:`quantized_linear`.
 
-    Other products with such a weight (with rows of it, its transpose) stay, and are refused by name.
+    Other products with a quantized weight (with some rows, or with the transpose) are not replaced. Patterns
+    refuse them with a reason.
 
     Args:
         graph: The graph of the module. It is edited.

@@ -1,7 +1,7 @@
 """Capture with ``torch.export``: one graph of ATen operations for the whole model, which never runs.
 
 It shows operations that a symbolic trace cannot reach, in code that branches on Python values or takes
-``**kwargs``. The modules run their own code, which reads each adapted weight with its adapters.
+``**kwargs``. The modules run their own code, which reads each weight with its adapters applied.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def add_exported(capture: Capture, example_inputs: Any, dynamic_shapes: Any = No
     # Export a copy, because the export runs the model, which may change its state.
     model = share_copy(capture.model)
     inputs = named_inputs(model, example_inputs)
-    # Written-out modules (attention) are exported as such, so that both captures show the same operations.
+    # Export the written-out forwards (of attention), so that both captures show the same operations.
     for region in capture.regions.values():
         if region.written_out:
             module = model.get_submodule(region.fqn)
@@ -66,7 +66,7 @@ def add_exported(capture: Capture, example_inputs: Any, dynamic_shapes: Any = No
     _name_tensors(graph, model)
     _name_placeholders(graph, inputs)
     leaves = pytree.tree_leaves(result)
-    # Several outputs are joined into one value, like a class of outputs.
+    # Join several outputs into one value, as a model does with a class for its output.
     graph.output(leaves[0] if len(leaves) == 1 else graph.call_function(_outputs, tuple(leaves)))
     _keep_module_stacks(graph, model)
     below = {fqn: region for fqn, region in capture.regions.items() if fqn}
@@ -106,7 +106,7 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
 def _named_arguments(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
     """Add the arguments of ``**kwargs`` to the signature, because ``torch.export`` would lose them.
 
-    State of Python objects that the forward changes is restored.
+    Python objects that the forward changes are restored at the end.
     """
     before, own = State(model), model.forward
 
@@ -139,7 +139,7 @@ def _module_of(program: ExportedProgram, model: nn.Module) -> fx.GraphModule:
 
 
 def _name_tensors(graph: fx.Graph, model: nn.Module) -> None:
-    """Use the first name of a module with two names, as everywhere else. Raise for nested graphs."""
+    """Rename tensors of a module with several names to its first name. Raise for nested graphs."""
     first = {module: name for name, module in model.named_modules()}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -159,7 +159,7 @@ def _has_module(model: nn.Module, name: str) -> bool:
 
 
 def _name_placeholders(graph: fx.Graph, inputs: dict[str, Any]) -> None:
-    """Give placeholders the parameters' names, and drop those of arguments that are no tensors."""
+    """Name placeholders after the parameters, and erase the placeholders of arguments that are no tensors."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     leaves = [(name, leaf) for name, value in inputs.items() for leaf in pytree.tree_leaves(value)]
     if len(placeholders) != len(leaves):
@@ -174,7 +174,7 @@ def _name_placeholders(graph: fx.Graph, inputs: dict[str, Any]) -> None:
 
 
 def _keep_module_stacks(graph: fx.Graph, model: nn.Module) -> None:
-    """Drop the metadata of ``torch.export``, except the modules of each node, which pictures show."""
+    """Drop the metadata of ``torch.export``, except the modules of each node, which diagrams show."""
     known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
     for node in graph.nodes:
         stack = node.meta.get(MODULE_STACK)

@@ -1,4 +1,4 @@
-"""Mode that passes calls of PyTorch functions to subclasses, which count or answer them."""
+"""Mode that passes calls of PyTorch functions to methods of its subclasses, which count or replace them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Listener(TorchFunctionMode):
         """Note a call that has run."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer a call, or run it and pass its result to :meth:`hear`."""
+        """Return the result of :meth:`answer`, or run the call and pass its result to :meth:`hear`."""
         kwargs = kwargs or {}
         result = self.answer(func, args, kwargs)
         if result is NotImplemented:

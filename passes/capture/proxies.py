@@ -1,7 +1,7 @@
 """Proxies of values that are known only when the graph runs.
 
-Operations on them are recorded. A question that a proxy cannot answer (its length, its number)
-ends the trace with the reason.
+Operations on them are recorded. If code needs the value itself (a length, a number), the trace ends with the
+reason.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class TracedValue(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """Return Tensor to ``isinstance`` in model code. C functions would treat the proxy as a tensor."""
+        """Return ``Tensor`` for ``isinstance`` in model code, and the class of the proxy for anything else.
+
+        C functions that see ``Tensor`` would treat the proxy as a tensor.
+        """
         return Tensor if _is_isinstance(sys._getframe(1)) else type(self)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Classes of modules during a trace, which record the attributes that code reads."""
+"""Classes that modules have during a trace, to record the attributes that code reads."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _PACKAGES = ("torch", "lora_fx")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)
 _METHODS = (types.MethodType, types.FunctionType)
 _GENERATORS = (random.Random, torch.Generator)
-_give_class = object.__dict__["__class__"].__set__  # past the property of _Recorded
+_give_class = object.__dict__["__class__"].__set__  # not the property that _Recorded defines
 _recorders: weakref.WeakKeyDictionary[nn.Module, Recorder] = weakref.WeakKeyDictionary()
 _classes: weakref.WeakKeyDictionary[type, type[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def is_used_up(value: Any) -> bool:
-    """Return True for an iterator or a random generator: each use changes what the next one gives."""
+    """Return True for an iterator or a random generator, whose state advances with each use."""
     numpy = type(value).__module__.startswith("numpy.random")
     return numpy or isinstance(value, _GENERATORS) or hasattr(value, "__next__")
 
@@ -73,7 +73,7 @@ def _recorded(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Recorded(nn.Module):
-    """Base class of modules during a trace."""
+    """Mixin of the class that a module has during a trace."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Hide the subclass from the module's own class, which may register its subclasses."""
@@ -106,14 +106,14 @@ class _Recorded(nn.Module):
         return _noted(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, which a graph would not do."""
+        """Set an attribute. The graph must not run then, because it would not do that."""
         _recorders[self].doubts(
             f"its forward writes to {_path(self, name)}, an attribute of a module"
         )
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """Delete an attribute, which a graph would not do."""
+        """Delete an attribute. The graph must not run then, because it would not do that."""
         _recorders[self].doubts(
             f"its forward deletes {_path(self, name)}, an attribute of a module"
         )
@@ -136,7 +136,7 @@ def _path(module: nn.Module, name: str) -> str:
 
 
 def _internal(module: nn.Module, name: str, value: Any) -> Any:
-    """Note that code iterates over the modules in a container, or over all attributes."""
+    """Note if code iterates over the modules in a container, or over all attributes. Return the value."""
     caller = str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0]
     recorder = _recorders.get(module)
     if recorder is None:
@@ -149,7 +149,7 @@ def _internal(module: nn.Module, name: str, value: Any) -> Any:
 
 
 def _note_method(recorder: Recorder, module: nn.Module, name: str, value: Any) -> None:
-    """Note a method of the root, which may be replaced in its class."""
+    """Note a read of a method. A guard compares a method of the root, because its class may replace it."""
     if isinstance(getattr(value, "__self__", None), type):
         recorder.doubts(f"its forward calls {name}, a method of its class")
         return
@@ -164,7 +164,7 @@ def _note_method(recorder: Recorder, module: nn.Module, name: str, value: Any) -
 
 
 def _is_settings(value: Any) -> bool:
-    """Return True for a class of user code, whose attributes may be read and changed."""
+    """Return True for a class of user code: its attributes may be settings, which no guard compares."""
     return isinstance(value, type) and value.__module__.partition(".")[0] not in _PACKAGES
 
 

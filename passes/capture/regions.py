@@ -1,8 +1,8 @@
-"""Capture by regions: a graph for every module of the tree whose ``forward`` can be traced.
+"""Capture by regions: a graph for every module whose ``forward`` can be traced.
 
-A module without a graph keeps its own ``forward``, and its children are traced separately. In
-the worst case each linear layer is a region of one operation. Modules without matrices are
-skipped.
+A region is a module with its graph. A module without a graph keeps its own ``forward``, and its children are
+traced in any case. In the worst case, each linear layer is a region with one operation. Modules without
+matrices are skipped.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def find_regions(model: nn.Module) -> Capture:
 
 
 def _pass_by_position(regions: dict[str, Region]) -> None:
-    """Let decorated forwards get the arguments by position that their callers pass so."""
+    """Make guards of decorated forwards pass arguments by position if the callers do so."""
     for fqn, region in regions.items():
         for node in region.graph.nodes:
             called = regions.get(join(fqn, str(node.target))) if node.op == "call_module" else None
@@ -119,7 +119,7 @@ def _pass_by_position(regions: dict[str, Region]) -> None:
 
 
 class Graphs:
-    """Traced graphs of modules. Modules that are equal to a trace share a graph."""
+    """Traced graphs of modules. Modules that a trace cannot distinguish share a graph."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[fx.Graph, str]] = {}
@@ -135,7 +135,7 @@ class Graphs:
         if "forward" in module.__dict__ and not wraps_own_forward(module):
             raise Untraceable("its forward was replaced on the instance")
         kind = _kind(module)
-        # Modules of equal structure have the same kind, so a new kind needs no look-up of its structure.
+        # Computing the structure is slow. A known structure has a known kind, so look at the kind first.
         if kind in self._kinds and (known := self._known.get(_structure(module))) is not None:
             return known
         if kind in self._failed:
@@ -160,9 +160,10 @@ class Graphs:
         return result
 
     def as_layer(self, module: nn.Module) -> fx.Graph | None:
-        """Return the graph of the PyTorch layer that a module subclasses, to show its operation, or None.
+        """Return the graph of the PyTorch layer that a module's class extends, or None.
 
-        The module's own forward may do more, and reads the weight with its adapters.
+        The graph shows the operation. The module's own forward runs, because it may do more. It reads the
+        weight with its adapters applied.
         """
         for cls in type(module).__mro__:
             if cls in _OPERATIONS and _has_its_own_forward(module, cls):
@@ -174,7 +175,7 @@ class Graphs:
 
 
 def _computes_with_its_weight(module: nn.Module, graph: fx.Graph) -> bool:
-    """Return True for a subclass of a layer that computes with its weight before it applies it."""
+    """Return True for a subclass of a layer that changes its weight before it applies the weight."""
     if not any(
         cls in _OPERATIONS and _has_its_own_forward(module, cls) for cls in type(module).__mro__
     ):
@@ -195,7 +196,7 @@ def _has_its_own_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def _holders(model: nn.Module) -> set[nn.Module]:
-    """Return the modules with a parameter of two or more dimensions, in themselves or below."""
+    """Return the modules with a parameter of two or more dimensions, their own or of a module below."""
     holders: set[nn.Module] = set()
 
     def holds(module: nn.Module) -> bool:
@@ -217,11 +218,11 @@ _COMMON = frozenset({bool, int, str, type(None)})
 
 
 def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[Any, ...]:
-    """Return a key of all that a trace can depend on. Modules with equal keys share their graph.
+    """Return a key of everything that a trace can depend on. Modules with equal keys share their graph.
 
-    An attribute that cannot be compared is represented by its id, so that only the same object
-    is equal.
-    Modules and tensors are numbered to show repeats: a graph uses the first name of each.
+    An attribute that cannot be compared is represented by its id, so that only the same object is equal.
+    Modules and tensors are numbered, so that the key shows which of them are the same object: a graph uses
+    the first name of each.
     """
     seen = {} if seen is None else seen
     number = seen.setdefault(id(module), len(seen))
@@ -268,10 +269,10 @@ def _value(value: Any) -> Any:
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """Return a key of modules that likely all fail to trace if one fails, so that they are not tried again.
+    """Return a key of modules that probably all fail to trace if one fails, so that they are not tried again.
 
-    Coarser than :func:`_structure` (numbers do not count). An error here costs a graph, never a
-    weight, because the children of a module without a graph are traced separately.
+    The key is coarser than :func:`_structure`: numbers are left out. If the guess is wrong, a module has no
+    graph. No weight is lost, because the children of such a module are traced separately.
     """
     switches = (
         (n, v)
@@ -283,7 +284,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _why_sealed(module: nn.Module) -> str | None:
-    """Return the reason why nothing in a module can be traced, or None."""
+    """Return the reason why neither a module nor its children can be traced, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module: use the module that it was made from"
     if _is_uninitialized(module):
@@ -294,14 +295,14 @@ def _why_sealed(module: nn.Module) -> str | None:
 
 
 def _sealed(module: nn.Module) -> bool:
-    """Return True if a module of torch.nn applies its weights, and its children's, in one opaque call."""
+    """Return True if a module of torch.nn applies its own and its children's weights in one opaque call."""
     open_ones = (*_OPERATIONS, nn.Sequential, nn.Transformer)
     written = written_out(module) is not None
     return not (written or isinstance(module, open_ones) or _container(module))
 
 
 def _container(module: nn.Module) -> bool:
-    # A subclass without a forward is never called.
+    # A module whose class defines no forward, such as nn.ModuleList, is never called.
     return type(module).forward is nn.Module.forward
 
 

@@ -1,7 +1,7 @@
-"""Snapshot of the state that a forward can change during a trace, to restore it.
+"""Snapshot of the state that a forward can change during a trace, to find and undo the changes.
 
 A graph has no side effects on Python objects. A forward that appends to a list, counts its calls or keeps
-a result would do so once, during the trace, and never again.
+a result would do so only once, during the trace.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MISSING = object()
 class State:
     """Snapshot of a module's attributes, of their contents, and of the random generators.
 
-    Writes into buffers are noticed, and not restored.
+    Writes into buffers are detected, but not undone.
     """
 
     def __init__(self, module: nn.Module, objects: Iterable[Any] = ()) -> None:
@@ -42,7 +42,7 @@ class State:
         self._attributes = [
             (name, owner, dict(owner.__dict__))
             for name, owner in module.named_modules()
-            # These fill their __dict__ when they are used.
+            # The __dict__ of a ScriptModule changes when it is used.
             if not isinstance(owner, torch.jit.ScriptModule)
         ]
         self._containers: dict[int, tuple[str, Any, Any]] = {}
@@ -69,8 +69,8 @@ class State:
         self._record(name, value)
 
     def restore(self) -> str | None:
-        """Restore everything, and return the first change in words, or None."""
-        # Evaluate both, even if the first one has changed.
+        """Restore everything except buffers, and return the first change in words, or None."""
+        # Evaluate both before `or`, because each of them also restores.
         attributes, containers = self._attributes_changed(True), self._containers_changed(True)
         changed = attributes or containers
         if self._restore_generators():

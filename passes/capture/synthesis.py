@@ -1,8 +1,8 @@
-"""Example inputs: normalization of their forms, and synthesis for models that describe their inputs.
+"""Example inputs: normalization, and synthesis for models that describe their inputs.
 
-They are a tuple of arguments, a dict of keyword arguments, or a single tensor. Models of transformers
-describe their inputs in their configuration, those of timm in ``pretrained_cfg``. No library is imported,
-because the code that created such a model has imported it.
+Example inputs are a tuple of arguments, a dict of keyword arguments, or a single tensor. Models of
+transformers describe their inputs in their configuration, models of timm in ``pretrained_cfg``. No library is
+imported, because the code that created such a model has imported its library.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     """Return the arguments, by name, of the call for which the whole model is captured as a graph.
 
-    A transformers model returns a cache by default. No graph does, so the call has
-    ``use_cache=False``, unless the example inputs set it.
+    A transformers model returns a cache by default, which no graph can. So the call has ``use_cache=False``,
+    unless the example inputs set it.
 
     Args:
         model: The model.
@@ -61,7 +61,7 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
         The arguments, including those for ``**kwargs``.
 
     Raises:
-        CaptureError: If they do not fit, or contain values that ``torch.export`` cannot follow.
+        CaptureError: If the inputs do not fit, or contain values that ``torch.export`` does not support.
     """
     args, kwargs = normalize(example_inputs)
     signature = inspect.signature(model.forward)
@@ -95,17 +95,18 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 def by_place(
     model: nn.Module, example_inputs: Any, named: dict[str, Any]
 ) -> tuple[Any, ...] | None:
-    """Return the positional arguments of the same call, if code can distinguish it from the call by name.
+    """Return positional arguments for the same call, if the model can distinguish it from a call by name.
 
-    A decorator with ``*args, **kwargs`` can. A graph has one forward for both.
+    A decorator with ``*args, **kwargs`` can distinguish them. A graph has one forward for both.
 
     Args:
         model: The model.
         example_inputs: Same as for :func:`normalize`.
-        named: :func:`named_inputs` of them.
+        named: The result of :func:`named_inputs` for these inputs.
 
     Returns:
-        The arguments that can be positional, or None if the calls are equal or no argument can be.
+        The arguments to pass by position. None if the model cannot distinguish the calls, or no argument can
+        be positional.
     """
     code = getattr(getattr(model.forward, "__func__", model.forward), "__code__", None)
     if code is not None and not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
@@ -135,7 +136,7 @@ def describe(inputs: Any) -> str:
 
 _BATCH = 2  # torch.export would specialize a batch of one
 _LENGTH, _DECODER_LENGTH = 12, 7
-# Fields of a configuration: ids of placeholders in the text, which have to fit the images.
+# Fields of a configuration with the id of the token that stands for an image in the text.
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
@@ -144,7 +145,7 @@ class _Synthesis:
     """Synthesized inputs, or the reason why they are missing.
 
     Attributes:
-        inputs: Keyword arguments or a tensor, on the model's device; None if nothing is known.
+        inputs: Keyword arguments or a tensor, on the model's device; None if the inputs are not described.
         words: The source of the inputs, or the reason.
     """
 
@@ -159,7 +160,7 @@ def synthesise(model: nn.Module) -> _Synthesis:
         model: Any module.
 
     Returns:
-        The inputs. They may not fit, if the model does not take the inputs that it describes.
+        The inputs. They do not fit if the model takes other inputs than it describes.
     """
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
         synthesis = _of_transformers(model)

@@ -1,15 +1,15 @@
-"""Trace of one module's ``forward`` with ``torch.fx``, to find operations, and to run it if that is safe.
+"""Trace of one module's ``forward`` with ``torch.fx``, to find operations and, if safe, to run the graph.
 
-Child modules stay calls. So hooks, wrapping policies and checkpointing go on working, and a child that does
-not trace costs only its own graph. The forward runs on proxies that record the operations on them. During
-the trace, the modules have a recording class (:mod:`.recorded`). Each value that the code reads from them
-becomes a guard of the graph. ``self.training`` becomes a read in the graph itself, so that ``train()`` and
-``eval()`` keep their meaning.
+Calls of child modules stay calls in the graph. So hooks, wrapping policies and checkpointing keep working. If
+a child cannot be traced, only its own graph is missing. The forward runs on proxies that record the
+operations on them. During the trace, the modules have a recording class (:mod:`.recorded`). Each value that
+the code reads from them becomes a guard of the graph. ``self.training`` becomes a read in the graph itself,
+so that ``train()`` and ``eval()`` keep their meaning.
 
-Two things can go wrong. A trace *ends* if a proxy cannot answer. A trace is *in doubt* if the code
-does something that a graph would not repeat: it reads a global, disables gradients, sets an attribute.
-Such a graph still shows the operations, but never runs. The module runs its own forward, which
-reads its weights with their adapters. So doubt costs only speed.
+Two things can go wrong. A trace *ends* if the code asks a proxy for a value that is known only when the graph
+runs. A trace is *in doubt* if the code does something that a graph would not repeat: it reads a global,
+disables gradients, or sets an attribute. A graph in doubt shows the operations, but never runs. The module
+runs its own forward, which reads its weights with their adapters applied. So doubt costs only speed.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ __all__ = ["Recorder", "Untraceable", "trace"]
 
 # Names that generated code uses. A parameter of the same name would hide them.
 _TAKEN = frozenset({"torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
-# Names of functions and attributes that no node of a graph can represent.
+# Names of functions and attributes whose effect no node of a graph can represent.
 _LOST = frozenset(
     {
         *("autocast", "is_autocast_enabled", "custom_fwd", "record_function", "checkpoint"),
@@ -76,7 +76,7 @@ _BUILTINS = frozenset(
 )
 # Modules of PyTorch with contexts and decorators that switch modes.
 _SWITCHES = ("torch.amp.autocast_mode", "torch.autograd.grad_mode", "torch.utils._contextlib")
-# Bytecode that does not reach a proxy, or enters a context that a graph would not enter.
+# Bytecode that a proxy does not notice, or that enters a context that a graph would not enter.
 _UNHEARD = ("IS_OP", "BEFORE_WITH", "LOAD_SPECIAL", "PUSH_EXC_INFO", "CHECK_EXC_MATCH")
 # Bytecode that changes something outside of the model.
 _WRITING = ("STORE_GLOBAL", "DELETE_GLOBAL")
@@ -110,7 +110,7 @@ def trace(
             default value is fixed to it.
         check_none: See :class:`GuardedCodeGen`.
         forward: Function to trace instead of the module's own forward, with the same signature.
-        conditions: Expressions of ``self`` that are true if the graph does not apply.
+        conditions: Python expressions in ``self`` that are true if the graph does not apply.
 
     Returns:
         A graph with the names of ``module`` and a guarded signature, and the reason why it must not run
@@ -173,13 +173,14 @@ class Recorder(fx.Tracer):
 
     Attributes:
         root: The module.
-        ended: Reason why the trace has ended early. Code that is traced may catch the exception.
-        doubt: The first reason why the graph must not run; empty without one.
-        reads: Values that the code has read, by path and kind.
-        names: Names of the modules below.
-        fixed: Arguments of the forward that are not traced.
-        code: The code of the forward.
-        looked_at: Number of reads minus number of calls of each module below.
+        ended: Reason why the trace has ended early, or empty. It is stored because the traced code may catch
+            the exception.
+        doubt: The first reason why the graph must not run; empty if there is no reason.
+        reads: Values that the code has read, by path and class of the read.
+        names: Name of each module in the tree of the root, by module.
+        fixed: Names of the forward's arguments that are not traced.
+        code: The code object of the forward.
+        looked_at: For each module in the tree, the number of reads minus the number of calls.
     """
 
     proxy_buffer_attributes = True
@@ -227,7 +228,7 @@ class Recorder(fx.Tracer):
         keywords: dict[str, Any] = {}
         for position, p in enumerate(parameters, start=1):
             if p.variadic or (not p.traced and p.value is p.default):
-                continue  # left out, as by a caller who wants the default
+                continue  # leave the argument out, so that it has its default
             value = self.create_proxy("placeholder", p.name, (), {}) if p.traced else p.value
             if p.kind != inspect.Parameter.KEYWORD_ONLY and len(positional) == position:
                 positional.append(value)
@@ -243,8 +244,8 @@ class Recorder(fx.Tracer):
         if hasattr(forward, "__wrapped__"):
             self.doubts("its forward is decorated")
         try:
-            # The modes of the trace must not depend on the caller's, nor may a replaced function of PyTorch
-            # become part of the graph. The generated code calls what is there when it runs.
+            # The trace must not depend on modes of the caller, such as no_grad. If a library has replaced a
+            # function of PyTorch, trace the original: generated code looks the function up when it runs.
             with (
                 _one_at_a_time,
                 torch_private.built_in_functions(),
@@ -267,7 +268,7 @@ class Recorder(fx.Tracer):
     # --- where values come from
 
     def read(self, read: Read) -> None:
-        """Note a value that was read."""
+        """Note a value that the code has read, once for each path and class of the read."""
         self.reads.setdefault((read.path, type(read)), read)
 
     def copied(self, value: Any) -> Any:
@@ -303,7 +304,7 @@ class Recorder(fx.Tracer):
         return self._known[target]
 
     def known_shape(self, value: fx.Proxy) -> torch.Size | None:
-        """Return the shape of a parameter, which is the same for all inputs, or None for any other value."""
+        """Return the shape of a parameter, which does not depend on the inputs, or None for other values."""
         node = value.__dict__.get("node")
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
@@ -318,11 +319,11 @@ class Recorder(fx.Tracer):
     # --- nodes
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return a proxy that refuses questions."""
+        """Return a proxy that ends the trace if the code asks for its value."""
         return TracedValue(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Answer for ``self.training`` as in evaluation; end the trace at any other question."""
+        """Return False for ``self.training``, as in evaluation mode. End the trace for any other value."""
         if type(obj) is not ModeProxy:
             self.end("its forward branches on a value that is known only when it runs")
         self.doubts("its forward branches on self.training")
@@ -345,7 +346,7 @@ class Recorder(fx.Tracer):
         name: Any = None,
         type_expr: Any = None,
     ) -> fx.Node:
-        """Create a node, without type annotation: generated code might not know the name of the type."""
+        """Create a node without its type annotation, because generated code may not know the type's name."""
         if _modes() != self._modes:
             self.doubts("its forward switches gradients or autocast, which a graph would lose")
         # A child, or a parameter, named "self" would hide the module in generated code.
@@ -449,7 +450,10 @@ class _Followed:
     def _reason_of_global(
         self, name: str, value: Any, home: ModuleType | None, has_attribute_read: bool
     ) -> str:
-        """Return the reason why a graph cannot replace a read of a global. Add guards for other reads."""
+        """Return the reason why a graph cannot replace a read of a global, or an empty string.
+
+        If a guard can compare the global, add the guard.
+        """
         package = str(getattr(value, "__module__", None) or "").partition(".")[0]
         if isinstance(value, ModuleType):
             known = value.__name__.partition(".")[0] in _LIBRARIES
@@ -473,7 +477,7 @@ class _Followed:
 
 
 def _is_import(frame: FrameType | None) -> bool:
-    """Return True if an import, or the lazy loading of a Python module, runs a function."""
+    """Return True if a function runs because of an import or the lazy loading of a Python module."""
     first = frame.f_code.co_varnames[:1] if frame is not None else ()
     if first and frame is not None and isinstance(frame.f_locals.get(first[0]), ModuleType):
         return True
@@ -561,7 +565,7 @@ def _wrapped_functions(recorder: Recorder) -> Iterator[None]:
             names[name] = function
 
 
-# Functions whose results do not change between a trace and a call.
+# Functions whose results for a parameter do not change between a trace and a call.
 _FIXED = frozenset({"shape", "size", "dim", "ndim", "numel", "nelement", "is_floating_point"})
 
 

@@ -1,4 +1,4 @@
-"""Graphs and the modules that run them: regions, guards, copies, helpers over ``fx``."""
+"""Graphs and the modules that run them: regions, guards, copies of models, and helpers for ``fx`` graphs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Copies of models over the same weights, which every front-end works on.
+"""Copies of models that share the weights. Every front-end works on such a copy.
 
-Structure, buffers and plain attributes are copied; each parameter becomes a new frozen parameter
-over the same storage. So no change to the copy can reach the original, and the weights of a model of 7
-billion parameters are in memory only once.
+Structure, buffers and plain attributes are copied. Each parameter becomes a new frozen parameter over the
+same storage. So no change to the copy can reach the original, and the weights are in memory only once.
 """
 
 from __future__ import annotations
@@ -58,11 +57,11 @@ _APART = (sys.stdlib_module_names | {"torch", "numpy", "lora_fx", "deepspeed"}) 
     "collections",
     "argparse",
 }
-"""Packages, most of them of the standard library, whose objects are no part of a model."""
+"""Packages whose objects are never a part of a model. Most are in the standard library."""
 
 
 def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) -> None:
-    """Replace references to the original model, in everything that its copy reaches, by those to the copy.
+    """Make everything that a copied model reaches refer to the copy instead of the original.
 
     Args:
         result: The copy. It is changed.
@@ -74,7 +73,7 @@ def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) ->
             classes are not checked.
     """
     apart = {id(item): item for item in originals}
-    # Everything that deepcopy has copied: the copy's functions must see settings that change in the copy.
+    # Also follow other objects that deepcopy has copied: functions of the copy must read the copy's settings.
     copied = {
         id(item): item for item in memo.get(id(memo), ()) if memo.get(id(item), item) is not item
     }
@@ -89,10 +88,11 @@ def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) ->
 
 
 def exchange(model: nn.Module, before: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Replace all references of a model to its former parameters by those to its present parameters.
+    """Make everything that a model reaches refer to its present parameters instead of replaced ones.
 
     Args:
-        model: Parameters of its modules were replaced. Its lists, objects and functions are changed.
+        model: A model in which parameters of modules were replaced. Its lists, objects and functions may
+            still refer to the old parameters, and are changed.
         before: Name and value of each former parameter.
 
     Raises:
@@ -132,10 +132,11 @@ def _beside(module: nn.Module) -> list[Any]:
 
 
 class _Following:
-    """Walk over the references of a value that replaces references to originals by those to copies.
+    """Traversal of the objects that a value reaches, which replaces originals by their copies.
 
     Attributes:
-        all_its_own: True if everything reached belongs to the model, so that nothing must be copied first.
+        all_its_own: True if all these objects belong to the model, so that they are changed in place and not
+            copied first.
     """
 
     def __init__(
@@ -144,18 +145,18 @@ class _Following:
         originals: dict[int, Any],
         apart: Mapping[int, Any] | None = None,
     ) -> None:
-        """Create a walk that has visited nothing yet.
+        """Create a traversal that has visited nothing yet.
 
         Args:
-            memo: The memo of ``copy.deepcopy``.
+            memo: The memo of ``copy.deepcopy``: copies by the id of their originals.
             originals: Objects to replace, by id.
-            apart: Objects that are not followed, by id.
+            apart: Objects whose references are not followed, by id.
         """
         self._memo = memo
         self._originals = originals
         self._copies = {id(item) for key, item in memo.items() if key != id(memo)}
         self.all_its_own = False
-        # Objects that reach no original. A reference is kept so that their ids are not reused.
+        # Objects that reach no original, by id. The references keep the ids from being reused.
         self._none: dict[int, Any] = dict(apart or {})
         self._atoms: dict[type, bool] = {}  # by class: a cache of isinstance
         self._done: dict[int, Any] = {}
@@ -300,7 +301,7 @@ def _mapped(follow_one: Any, items: dict[str, Any] | None) -> dict[str, Any] | N
 
 
 def _held(value: Any) -> Iterable[Any]:
-    """Return the objects that a value holds, as :func:`children` does, without labels and faster."""
+    """Return the objects that a value refers to, as :func:`children` does, but faster and without labels."""
     if isinstance(value, nn.Module):
         return value.__dict__.values()
     if isinstance(value, _KEYED):
@@ -313,7 +314,7 @@ def _held(value: Any) -> Iterable[Any]:
 
 
 def children(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the objects that a value holds, each with a label for the path to it."""
+    """Yield the objects that a value refers to, each with its label in a path such as ``.layers[0]``."""
     for kind, contents in _WAYS:
         if isinstance(value, kind):
             yield from contents(value)
@@ -403,7 +404,7 @@ def stands_apart(module: str | None) -> bool:
 
 _EMPTY = (dict, OrderedDict)
 _PLAIN = (bool, int, float, str, type(None))
-# They cannot be copied. A lock holds nothing; a view of a dict is followed like any other reference.
+# Values that deepcopy cannot copy. The copy shares them at first; _Following replaces views of dicts later.
 _SHARED = (type(threading.Lock()), type(threading.RLock()), types.MappingProxyType)
 
 
@@ -414,12 +415,13 @@ def share_copy(
 
     Args:
         model: Any module. It is not touched.
-        left_out: Values of attributes that the copies of its modules do not get.
-        sharded: True if FSDP2 may shard the model. The copy then has the same shards, and no units.
+        left_out: Values of modules' attributes. The copied modules do not have these attributes.
+        sharded: True to accept a model that FSDP2 shards. The copy then has the same shards, but FSDP2 does
+            not manage it.
 
     Returns:
-        A module of the same class, with every parameter frozen and ties kept. Buffers are copied.
-        Parameters that ZeRO-3 partitions are partitioned in the copy, over the same parts, without hooks.
+        A module of the same class, with every parameter frozen. Tied parameters stay tied, and buffers are
+        copied. Parameters that ZeRO-3 partitions share their parts with the copy, which has no ZeRO-3 hooks.
 
     Raises:
         CaptureError: If the model cannot be copied, or the copy would still use parts of the original.
@@ -432,7 +434,7 @@ def share_copy(
     modules = list(model.modules())
     parameters: list[nn.Parameter] = []
     libraries = [format_.layers for format_ in formats()]
-    # Tensors made under inference mode could not be trained on.
+    # Tensors that are created in inference mode cannot be used in training.
     with torch.inference_mode(False), torch.no_grad():
         for module in modules:
             renormalizes = getattr(module, "max_norm", None) is not None
@@ -457,7 +459,7 @@ def share_copy(
         result: nn.Module = _copied(model, memo)
         fill()
         clean(result)
-    # From Python 3.14 on, deepcopy does not look up functions in the memo.
+    # From Python 3.14 on, deepcopy does not look up functions in the memo, so the memo cannot leave them out.
     _leave_out(result, {id(absent), *map(id, left)})
     follow(result, memo, (*modules, *parameters))
     _settle(result, libraries)
@@ -538,7 +540,7 @@ def check_model(model: object) -> None:
 
 
 def _twin(parameter: nn.Parameter, memo: dict[int, Any], *, own: bool) -> nn.Parameter:
-    """Return a frozen parameter over the same memory or, with `own`, over a copy."""
+    """Return a frozen parameter over the same memory, or over a copy of it if `own` is True."""
     if is_partitioned(parameter):
         return partitioned_twin(parameter, own=own)
     known = format_of(parameter)
@@ -556,7 +558,7 @@ def _frozen(parameter: nn.Parameter, own: bool = False) -> nn.Parameter:
 
 
 def _add_uncopyable(value: Any, memo: dict[int, Any]) -> None:
-    """Put into the memo what deepcopy refuses: locks, and results of autograd that a forward left behind."""
+    """Put objects that deepcopy cannot copy into the memo: locks, and tensors that autograd has computed."""
     if type(value) in _SHARED:
         memo[id(value)] = value
     elif isinstance(value, torch.Tensor):
@@ -573,7 +575,7 @@ def _add_uncopyable(value: Any, memo: dict[int, Any]) -> None:
 def holder_of(tensor: torch.Tensor) -> torch.UntypedStorage | torch.Tensor:
     """Return the storage of a tensor, the same object for all of its views while a reference to it exists.
 
-    Sparse and uninitialized tensors have no storage, and are returned themselves.
+    A sparse or uninitialized tensor has no storage, and is returned itself.
     """
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return tensor

@@ -1,4 +1,4 @@
-"""Questions about a module: its own class, and the graph that it runs."""
+"""Functions that return a module's own class, and the graph that it runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def is_region(module: nn.Module) -> bool:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the module's own class, also if it is a region or watched."""
+    """Return the module's own class, without the subclasses of regions and watched modules."""
     cls = inner_class(module)
     original: type[nn.Module] = cls.__dict__.get(BASE, cls)
     return original

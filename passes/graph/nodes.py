@@ -1,7 +1,7 @@
 """Low-level helpers for ``fx`` graphs, such as arguments by name instead of ``node.args[1]``.
 
-Also the loop of every pass that edits graphs one by one, and helpers for parameters of lazy layers that
-have not run yet. These have no shape, and raise if code reads it.
+This module also has the loop of every pass that edits graphs one by one, and helpers for parameters of lazy
+layers that have not run yet. Such parameters have no shape, and raise if code reads the shape.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def arguments(node: fx.Node, names: str) -> dict[str, Any]:
     Args:
         node: A ``call_function`` or ``call_method`` node.
         names: The parameters in order, separated by spaces, each with ``=default`` if it has one
-            (a Python literal). ``input|self`` is one parameter with several names, of which the result has
-            the first. Parameters after ``*`` are keyword-only.
+            (a Python literal). ``input|self`` is one parameter with several names. The result uses the first
+            name. Parameters after ``*`` are keyword-only.
 
     Returns:
         The value of every parameter. A missing parameter without a default is None.
@@ -86,7 +86,8 @@ def unknown_arguments(node: fx.Node, names: str) -> list[str]:
 
     Args:
         node: Same as for :func:`arguments`.
-        names: Likewise. Unknown arguments that are None are ignored, because None is their default.
+        names: Same as for :func:`arguments`. Unknown arguments that are None are ignored, because None is
+            their default.
     """
     positional, keyword = _declared(names)
     declared = [parameter.partition("=")[0].split("|") for parameter in (*positional, *keyword)]
@@ -133,7 +134,7 @@ def _stays(node: fx.Node) -> bool:
 
 
 def edit_graphs(capture: Capture, edit: Callable[[Region], fx.Graph | None]) -> PassResult:
-    """Edit each graph of a capture once. Equal layers share their graph before and after.
+    """Edit each graph of a capture once, also if several regions share it. They share the result, too.
 
     Args:
         capture: The capture. It is not changed.
@@ -166,7 +167,10 @@ UNINITIALIZED = "its weights are not initialized yet: run the model once, then r
 
 
 def is_lazy(parameter: Tensor | None) -> bool:
-    """Return True if the shape of a parameter is not known yet. Unlike torch's, it narrows no type."""
+    """Return True if the shape of a parameter is not known yet.
+
+    Unlike torch's function for this, it does not narrow the type of its argument.
+    """
     # A fast path, because isinstance is slow for these classes of torch.
     return type(parameter) is not nn.Parameter and isinstance(
         parameter, UninitializedParameter | UninitializedBuffer
@@ -179,7 +183,7 @@ def is_matrix(parameter: nn.Parameter | None) -> bool:
 
 
 def elements(parameter: Tensor) -> int:
-    """Return the number of elements (of values for a quantized weight), or 0 if it is not known yet."""
+    """Return the number of elements (values, for a quantized weight), or 0 if it is not known yet."""
     if is_lazy(parameter):
         return 0
     stored = quantization_of(parameter)
@@ -201,7 +205,7 @@ def may_write(node: fx.Node) -> bool:
     if isinstance(target, torch_private.OpOverload):
         return bool(torch_private.schema_of(target).is_mutable)
     name = getattr(target, "__name__", "")
-    # torch marks writes by the name or a flag. For other functions they are not known.
+    # Functions of torch that write have a name with "_" at the end, or a flag. Any other function may write.
     known = (getattr(target, "__module__", None) or "torch").split(".")[0] in _KNOWN
     flags = any(value is True for value in (*node.args, *node.kwargs.values()))
     writes = name.rstrip("_") != name or "out" in node.kwargs or target is in_place

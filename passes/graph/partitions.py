@@ -1,8 +1,8 @@
-"""Parameters that DeepSpeed's ZeRO-3 partitions: their shapes, parameters over the same parts, model copies.
+"""Parameters that DeepSpeed's ZeRO-3 partitions: their shapes, copies over the same parts, model copies.
 
-Such a parameter is empty (shape [0]) except during a call. Its attributes describe the whole:
-``ds_shape``, and ``ds_tensor``, the elements that this process has. Its methods gather it, and are bound to
-this one object.
+Each process has a part of such a parameter. The parameter itself is empty (shape [0]) except during a call.
+Its attribute ``ds_shape`` is the full shape, and ``ds_tensor`` has the part of this process. Its methods
+gather all parts, and are bound to this parameter object.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ def is_owned(model: nn.Module) -> bool:
 
 def put_together(tensor: torch.Tensor, **options: Any) -> Any:
     """Return DeepSpeed's context that gathers a partitioned parameter. Every rank has to enter it."""
-    deepspeed: Any = importlib.import_module("deepspeed")  # it has made the parameter
+    deepspeed: Any = importlib.import_module("deepspeed")  # imported before, by the user
     return deepspeed.zero.GatheredParameters([tensor], **options)
 
 
 def partitioned_twin(parameter: nn.Parameter, *, own: bool = False) -> nn.Parameter:
-    """Return a frozen parameter over the same parts, registered with ZeRO-3. Nothing is sent.
+    """Return a frozen parameter over the same parts, registered with ZeRO-3. No data is sent.
 
     Args:
         parameter: A partitioned parameter. It is not touched.
         own: True to copy the parts.
 
     Raises:
-        CaptureError: If the parts are on a disk, where ZeRO-3 finds them by the parameter.
+        CaptureError: If the parts are on a disk, because ZeRO-3 finds them there by the original parameter.
     """
     original: Any = parameter
     part = original.ds_tensor
@@ -81,11 +81,11 @@ def partitioned_twin(parameter: nn.Parameter, *, own: bool = False) -> nn.Parame
 
 
 def partition_of(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
-    """Partition a value that every process has into a frozen ZeRO-3 parameter. Nothing is sent.
+    """Partition a value that every process has into a frozen ZeRO-3 parameter. No data is sent.
 
     Args:
-        value: The whole.
-        like: A partitioned parameter of the same shape, whose processes get the parts.
+        value: The full value.
+        like: A parameter of the same shape that is partitioned over the same processes.
     """
     pattern: Any = like
     before = pattern.ds_tensor
@@ -101,13 +101,13 @@ def partition_of(value: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
 
 
 def own_partition(parameter: nn.Parameter) -> None:
-    """Copy the parts of a partitioned parameter, before they are written into."""
+    """Replace this process's part of a parameter by a copy, so that writes do not reach shared memory."""
     partitioned: Any = parameter
     _set_part(partitioned, partitioned.ds_tensor.detach().clone(), like=partitioned.ds_tensor)
 
 
 def _set_part(parameter: Any, part: torch.Tensor, like: torch.Tensor) -> None:
-    """Set the part of a parameter that this process has, with the attributes that describe its storage."""
+    """Set this process's part of a parameter, with DeepSpeed's attributes of the part `like`."""
     part.__dict__.update(vars(like))
     parameter.ds_tensor = part
 
@@ -118,12 +118,12 @@ def _converted(original: Any) -> nn.Parameter:
     group = getattr(original, _GROUP, None)
     if group is not None:
         setattr(result, _GROUP, group)
-    # Only closures of the parameter's methods refer to the context that partitions it.
+    # The only references to the context that partitions are in closures of the parameter's methods.
     context = inspect.getclosurevars(original.convert_to_zero_parameters).nonlocals["self"]
     context._convert_to_deepspeed_param(result)
     vars(result)["ds_status"] = type(original.ds_status).NOT_AVAILABLE
     for key, value in vars(original).items():
-        # Other attributes were set by an engine, and belong to it.
+        # Other attributes belong to a DeepSpeed engine, which has set them.
         if key in ("ds_shape", "ds_numel", "ds_numel_aligned", "ds_persist") or (
             key not in vars(result) and not key.startswith("ds_") and isinstance(value, _PLAIN)
         ):
@@ -175,12 +175,12 @@ def copy_partitioned(
 
     Args:
         model: The model; it is not touched.
-        memo: The memo of ``copy.deepcopy``. It has the copies of parameters, and gets replacements for the
-            dicts of parameters and hooks.
+        memo: The memo of ``copy.deepcopy``. It has the copies of parameters. Replacements for the dicts of
+            parameters and hooks are added.
         copied: Copies a value with the memo.
 
     Returns:
-        Function that removes DeepSpeed's remaining attributes from the copy.
+        A function that removes DeepSpeed's remaining attributes from the finished copy.
     """
     owned = [module for module in model.modules() if _is_owned(module)]
     for module in owned:

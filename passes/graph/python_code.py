@@ -20,7 +20,7 @@ from lora_fx.runtime import base_parameter
 __all__ = ["CONSTANT", "Code", "copy_graph", "generated"]
 
 CONSTANT = "_lora_fx_constant_"
-"""Prefix of buffers that a graph needs and the model does not have."""
+"""Prefix of the names of buffers that a graph needs and the model does not have."""
 
 _counter = itertools.count()
 
@@ -37,10 +37,10 @@ def generated(source: str, namespace: dict[str, Any], name: str) -> Any:
     filename = f"<lora_fx {name} {next(_counter)}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     exec(compile(source, filename, "exec"), namespace)
-    # fx keeps the globals of code that calls wrapped functions forever, and searches all of them at each
-    # trace. So `_forget` removes them.
+    # fx keeps a reference to the globals of code that calls wrapped functions forever, and searches them at
+    # each trace. So `_forget` removes them.
     forward = namespace.pop("forward")
-    # The text lives as long as the code that it explains.
+    # The source text is kept as long as the function.
     weakref.finalize(forward, _forget, filename, id(namespace))
     return forward
 
@@ -53,12 +53,12 @@ def _forget(filename: str, namespace: int) -> None:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Return a copy to edit, with the same node names, tags and code generation."""
+    """Return a copy that can be edited, with the same node names, tags and code generator."""
     result = fx.Graph(tracer_cls=torch_private.tracer_class(graph))
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         mapping[node] = result.node_copy(node, lambda n: mapping[n])
-    # Shared, because defaults are compared by identity.
+    # The code generator is shared, because guards compare defaults by identity.
     result.set_codegen(torch_private.codegen_of(graph))
     return result
 
@@ -67,27 +67,27 @@ _WRAP = "_lora_fx_wrap"
 
 
 def _is_ours(value: Any) -> bool:
-    """Return True for functions of lora_fx.runtime, which are one node in a graph."""
+    """Return True for functions of lora_fx.runtime, whose calls are one node each in a graph."""
     return isinstance(value, types.FunctionType) and value.__module__.startswith("lora_fx.runtime.")
 
 
 class Code:
-    """Source and globals that a graph generates, with a key that is equal for equal graphs."""
+    """Source and globals of the code that fx generates for a graph, with a key that equal graphs share."""
 
     def __init__(self, graph: fx.Graph, *, replaceable: bool = True) -> None:
         """Generate the code.
 
         Args:
             graph: The graph.
-            replaceable: True to call the functions that libraries put into ``torch.nn.functional``. False for
-                code that runs inside such a function.
+            replaceable: True to look up functions of ``torch.nn.functional`` at each call, because libraries
+                replace them. False for code that runs inside such a replacement.
         """
         code = graph.python_code(root_module="self")
         codegen = torch_private.codegen_of(graph)
         guard = codegen if isinstance(codegen, GuardedCodeGen) else None
-        # A trace of the module records each call of these functions as one node.
+        # If the generated code is traced again, fx.wrap keeps each call of these functions as one node.
         whole = [name for name, value in code.globals.items() if _is_ours(value)]
-        # Libraries patch functions of torch.nn.functional, as context parallelism does for attention.
+        # For example, context parallelism replaces the attention function.
         source = torch_private.by_public_names(code.src) if replaceable else code.src
         for node in graph.nodes:
             if node.op == "get_attr" and BASE_READ in node.meta:
@@ -101,7 +101,7 @@ class Code:
 
 
 def _reading_base(source: str, node: fx.Node) -> str:
-    """Make the line of a node read the base's parameter, not the attribute with the adapters applied."""
+    """Change the line of a node to read the base's parameter. The attribute has the adapters applied."""
     name = str(node.target).rpartition(".")[2]
     leaf = re.escape(name)
     line = re.compile(

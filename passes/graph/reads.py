@@ -59,16 +59,16 @@ class Read:
     """Value that a trace read. Each subclass compares it in its own way.
 
     Attributes:
-        path: Attribute names from the module, as ``config.scale``; empty for the module itself.
+        path: Attribute names from the module, such as ``config.scale``; empty for the module itself.
     """
 
     path: str
 
     def condition(self, constant: str) -> str:
-        """Return an expression that is true if the value has changed.
+        """Return a Python expression that is true if the value has changed.
 
         Args:
-            constant: The global name of :meth:`constant` in that code.
+            constant: The global name that stands for the result of :meth:`constant` in the expression.
         """
         raise NotImplementedError
 
@@ -78,12 +78,12 @@ class Read:
 
     @property
     def attribute(self) -> str:
-        """The expression of the attribute."""
+        """The Python expression that reads the attribute."""
         return _spelled(self.path)
 
     @property
     def parameter(self) -> str:
-        """The expression of the attribute, a module or the base's parameter; it is None if it is absent."""
+        """The Python expression that reads a module or a parameter of the base, or None if it is absent."""
         owner, _, leaf = self.path.rpartition(".")
         return f"{BASE_OF}({_spelled(owner)}, {leaf!r})"
 
@@ -168,7 +168,7 @@ class MethodRead(ObjectRead):
         return f"self.{BASE}.{self.path} is not {constant}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickle finds functions by name. Nothing is the same as None, so that a replaced one stays unequal.
+        # Pickle finds functions by name. If that would find another one, store None, so that the guard fails.
         return MethodRead, (self.path, self.expected if _is_findable(self.expected) else None)
 
 
@@ -211,7 +211,7 @@ def _spelled(path: str) -> str:
 
 
 def conditions_of(reads: Iterable[Read]) -> Iterator[str]:
-    """Yield the condition of each read, in terms of the names of :func:`constants_of`."""
+    """Yield the condition of each read. The conditions use the names of :func:`constants_of`."""
     return (read.condition(f"_lora_fx_value_{index}") for index, read in enumerate(reads))
 
 
@@ -272,7 +272,7 @@ class Unchanged:
 
 
 def is_constant(value: Any) -> bool:
-    """Return True for a simple value, or a container with few enough of them to compare."""
+    """Return True for a simple value, or a container of at most 64 simple values: a guard can compare it."""
     return _size(value) <= _MOST
 
 

@@ -1,10 +1,10 @@
-"""Regions: modules that keep their class, but whose ``forward`` is generated from an ``fx.Graph``.
+"""Regions: modules whose ``forward`` is generated from an ``fx.Graph``.
 
 A region's class is a subclass of the module's own class that differs in ``forward`` only. So
 ``isinstance``, attributes, hooks, ``state_dict`` names, wrapping policies by class and
 ``torch.compile`` work as before. Equal graphs share one class: one code object, one
-compilation. Instances support ``copy.deepcopy`` and ``pickle``, unlike those of other classes
-created at run time.
+compilation. Instances support ``copy.deepcopy`` and ``pickle``, unlike instances of most classes
+that are created at run time.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def install(regions: Iterable[Region], *, kept: bool = False) -> None:
 
 
 def uninstall(module: nn.Module) -> None:
-    """Restore the own class of a region or a watched module."""
+    """Restore the module's own class, for a region or a watched module."""
     wrapped = _wrapped(module)
     disarm(module)
     if is_region(module):
@@ -95,7 +95,7 @@ def uninstall(module: nn.Module) -> None:
     _keep_wrapped(module, wrapped)
 
 
-# Modules of transformers whose wrappers run collectives around a layer's forward.
+# Packages of transformers whose functions wrap a layer's forward and run collectives before and after it.
 _WRAPPERS = ("transformers.distributed.",)
 
 
@@ -108,7 +108,7 @@ def wraps_own_forward(module: nn.Module) -> bool:
 
 
 def _wrapped(module: nn.Module) -> types.CellType | None:
-    """Return the closure cell with the module's own forward in a wrapper set on the instance, or None."""
+    """Return the closure cell in which a wrapper on the instance has the module's own forward, or None."""
     forward = vars(module).get("forward")
     if not isinstance(forward, types.FunctionType):
         return None
@@ -174,8 +174,8 @@ _dispatchers: weakref.WeakValueDictionary[type[nn.Module], Callable[..., Any]] =
 def _dispatching(base: type[nn.Module]) -> Callable[..., Any]:
     """Return the ``forward`` of all regions of a class, which runs the graph of the module's present class.
 
-    Trainers keep ``module.forward`` and call it from a function that they set on the module. Switching
-    adapters changes the module's class. So the function that they keep looks up the class at each call.
+    Trainers keep a reference to ``module.forward`` and call it from a function that they set on the module.
+    Switching adapters changes the module's class. So this ``forward`` looks up the class at each call.
     """
     known = _dispatchers.get(base)
     if known is not None:
@@ -195,7 +195,7 @@ def _run_of(module: nn.Module) -> Any:
 
 
 class _Regional(Hooked):
-    """Mixin with the methods, besides ``forward``, that a region's class adds to the module's own class."""
+    """Mixin with the methods that a region's class adds to the module's own class, except ``forward``."""
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Hide the subclass from the module's own class, which may register its subclasses."""
@@ -204,7 +204,7 @@ class _Regional(Hooked):
         """Add a parameter. Refuse a dotted name that is inside an adapter (``lora_A.default``).
 
         Raises:
-            ConfigError: If it is. PyTorch's tensor parallelism tries this on a layer with an adapter.
+            ConfigError: If the name is inside an adapter. PyTorch's tensor parallelism adds such parameters.
         """
         inside = self._modules.get(name.partition(".")[0]) if "." in name else None
         if isinstance(inside, AdapterModule):
@@ -248,7 +248,7 @@ def _reduces_plainly(cls: type) -> bool:
 
 
 def _kept_of(cls: Any) -> tuple[Any, ...]:
-    """Return the arguments, besides the module's own class, that rebuild a region's class."""
+    """Return the arguments from which a region's class is rebuilt, after the module's own class."""
     return freeze(getattr(cls, GRAPH)), getattr(cls, _FALLBACK), getattr(cls, KEPT)
 
 

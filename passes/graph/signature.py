@@ -1,15 +1,15 @@
-"""Signature of a region's ``forward``, with the guard of a specialized graph.
+"""Signature of a region's ``forward``, and the guard that checks if the graph applies to a call.
 
-A trace fixes arguments: ``mask=None`` takes the branch without a mask. Instead of
-forbidding other calls, the generated ``forward`` checks its arguments first::
+A trace fixes arguments: with ``mask=None`` it takes the branch without a mask. Other calls are not forbidden.
+The generated ``forward`` checks its arguments first::
 
     def forward(self, x, mask=None, **kwargs):
         if x is None or mask is not None or kwargs:
             return fallback(self, x, mask, **kwargs)
         ...the graph...
 
-The fallback is the module's own ``forward``, which is always right if every adapter is in a
-module that it calls.
+The fallback is the module's own ``forward``. It can run any call, because it reads each weight with its
+adapters applied.
 """
 
 from __future__ import annotations
@@ -106,11 +106,10 @@ def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Pa
 
 
 def wrapped_forward(forward: Any) -> Any:
-    """Return the function whose signature applies to a ``forward``, under decorators that pass arguments on.
+    """Return the function inside decorators that only pass arguments on, whose signature ``forward`` has.
 
-    A decorator with only ``*args`` and ``**kwargs`` passes them on, as far as its signature shows. Any
-    other decorator has its own parameters and defaults, which may differ from those of the function that it
-    wraps.
+    A decorator that takes only ``*args`` and ``**kwargs`` is assumed to pass them on. Any other decorator has
+    its own parameters and defaults, which may differ from those of the function that it wraps.
 
     Args:
         forward: The unbound method.
@@ -133,12 +132,11 @@ def wrapped_forward(forward: Any) -> Any:
 def forwarding_source(forward: Any, chosen: str) -> tuple[str, dict[str, Any]]:
     """Return code of a ``forward`` that passes its arguments on unchanged, and the globals of that code.
 
-    Arguments that the caller leaves out are left out of the call, too, because a decorator may check for
-    them.
+    Arguments that the caller leaves out are not passed on, because a decorator may check if they are there.
 
     Args:
         forward: The unbound method whose signature the code has.
-        chosen: The global name of a function that returns the method to call, for a module.
+        chosen: The global name of a function that takes the module and returns the method to call.
     """
     parameters = parameters_of(forward, {})
     spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters)
@@ -165,10 +163,10 @@ class GuardedCodeGen(fx.graph.CodeGen):
         parameters: The original signature.
         check_none: True to run the fallback if a traced parameter is ``None``. Not needed for a module of
             ``torch.nn`` that is one operation.
-        extra: Expressions that are true if the graph does not apply for another reason.
+        extra: Python expressions that are true if the graph does not apply for another reason.
         reads: Values that the trace read, which the guard checks last.
-        positional: The number of arguments that the fallback gets by position. A decorator may pass them to
-            a function with other names, so that names must not replace positions.
+        positional: The number of arguments to pass to the fallback by position. A decorator may pass them to
+            a function with other parameter names, which would not accept them by name.
     """
 
     positional = 0
@@ -201,8 +199,8 @@ class GuardedCodeGen(fx.graph.CodeGen):
     def constants(self) -> dict[str, Any]:
         """Return the globals of the generated code: defaults and fixed values without a literal form.
 
-        ``additional_globals`` of fx does not work: it gives one name to one object, and drops those of
-        torch.
+        They are not passed as ``additional_globals`` of fx, which gives each object only one name, and drops
+        objects of torch.
         """
         known = constants_of(self.reads)
         if any(p.omitted for p in self.parameters):
@@ -271,18 +269,18 @@ class GuardedCodeGen(fx.graph.CodeGen):
 
 
 class _Omitted(enum.Enum):
-    """Default of an argument, so that a decorator can tell if the caller passed it."""
+    """Default value that marks an argument that the caller has not passed."""
 
     ARGUMENT = "omitted"
 
 
 def _without_omitted(**named: Any) -> dict[str, Any]:
-    """Return the arguments that the caller passed, of those with that default."""
+    """Return the arguments whose value is not that default: those that the caller passed."""
     return {name: value for name, value in named.items() if value is not _Omitted.ARGUMENT}
 
 
 def _literal(value: Any) -> bool:
-    """Return True if ``repr`` of a value is an expression, as it is not for enum members or infinity."""
+    """Return True if ``repr`` of a value is a Python expression. It is none for enum members or infinity."""
     return type(value) in _SIMPLE and (not isinstance(value, float) or math.isfinite(value))
 
 

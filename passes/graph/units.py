@@ -1,7 +1,8 @@
 """Units of a model that FSDP2 shards: how to list them, copy a model without them, and shard the copy.
 
-FSDP2 creates a subclass of the class of each unit, and keeps its state in hooks. Neither can be copied. So
-a copy has the modules' original classes over the same shards, and is sharded in the same way at the end.
+A unit is a module, or a list of modules, that was passed to ``fully_shard``. FSDP2 changes the class of each
+unit to a subclass, and keeps its state in hooks. Neither can be copied. So a copy has the modules' original
+classes and the same shards, and is sharded in the same way at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["ShardedUnit", "copy_units", "is_unit", "shard_again", "units_of"]
 
 
 def is_unit(module: nn.Module) -> bool:
-    """Return True if FSDP2 shards a module as a unit."""
+    """Return True if a module was passed to ``fully_shard`` of FSDP2."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
@@ -57,7 +58,7 @@ class _Part:
     size: torch.Size
 
     def stand_in(self, like: torch.Tensor) -> nn.Parameter:
-        """Return the unsharded parameter, on the meta device."""
+        """Return an unsharded parameter on the meta device, to which ``fully_shard`` is applied."""
         local = torch.empty(self.size, dtype=like.dtype, device="meta")
         if self.spec is not None:
             from torch.distributed.tensor import DTensor
@@ -187,15 +188,15 @@ def shard_again(model: nn.Module, units: tuple[ShardedUnit, ...]) -> None:
 def copy_units(
     model: nn.Module, memo: dict[int, Any], copied: Callable[[Any, dict[int, Any]], Any]
 ) -> Callable[[], None]:
-    """Prepare a copy of a sharded model without anything of FSDP2.
+    """Prepare a copy of a sharded model without classes and hooks of FSDP2.
 
     Args:
         model: The model; it is not touched.
-        memo: The memo of ``copy.deepcopy``. It gets replacements for the units and for dicts of hooks.
+        memo: The memo of ``copy.deepcopy``. Replacements for the units and for dicts of hooks are added.
         copied: Copies a value with the memo.
 
     Returns:
-        Function to call after the model was copied. It fills in the modules that were units.
+        A function to call after the model was copied. It copies the attributes of the units.
     """
     units = [module for module in model.modules() if is_unit(module)]
     copies = {}

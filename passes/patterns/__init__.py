@@ -76,7 +76,7 @@ class _Named(Protocol):
 
 
 def pattern_of(seen: _Named) -> Pattern:
-    """Return the pattern with the algebra of a site, or of one of its calls.
+    """Return the pattern of a site, or of one of its calls, by its name.
 
     Raises:
         ConfigError: If it was registered in another process, but not in this one.

@@ -4,8 +4,8 @@ A [r, in, *k] has the base operation's stride, padding and dilation, and B [out,
 convolution. The weight of a transposed convolution is stored [in, out, *k], and A is read with its first
 two dimensions swapped. So ΔW[i, o] = s · Σᵣ B[o, r] A[r, i], kernel by kernel.
 
-With g groups W is [in, out/g, *k], and both factors are grouped as for other convolutions:
-A [r, in/g, *k], B [out, r/g, 1, ...], so that ΔW has the shape of W and can be merged.
+The weight of a transposed convolution with g groups is [in, out/g, *k]. Both factors are grouped as for other
+convolutions: A [r, in/g, *k], B [out, r/g, 1, ...]. So ΔW has the shape of W and can be merged.
 """
 
 from __future__ import annotations

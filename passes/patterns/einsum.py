@@ -1,11 +1,11 @@
 """Pattern of ``torch.einsum`` of an activation with a parameter, such as ``bsi,oi->bso``.
 
 The letters of the parameter are of three kinds: summed (in x and not in the output), kept (in the output
-and not in x) and shared (in both). With summed and kept letters it is a linear operation from the summed to
-the kept dimensions, ``y = Σᵢ x[… i …] W[o, i]``. Shared letters count experts, which have a matrix each.
-The branch is two einsums with a new letter r. The first is ``Σᵢ x[… i …] A[r, i]``, with r at the position
-of o in the output. The second is ``Σᵣ … B[o, r]``. Several kept letters are one dimension of B, in the
-order of the weight. Several summed letters are one dimension of A, at any position in the weight.
+and not in x) and shared (in both). With summed and kept letters, the einsum is a linear operation from the
+summed to the kept dimensions, ``y = Σᵢ x[… i …] W[o, i]``. Shared letters are dimensions of experts, and each
+expert has a matrix. The branch is two einsums with a new letter r. The first is ``Σᵢ x[… i …] A[r, i]``, with
+r at the position of o in the output. The second is ``Σᵣ … B[o, r]``. Several kept letters become one
+dimension of B, in their order in the weight. Several summed letters become one dimension of A.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Seen:
 
     @property
     def letters(self) -> tuple[str, str, str] | None:
-        """Return the shared, kept and summed letters of the parameter, or None if it is no product."""
+        """Return the parameter's shared, kept and summed letters, or None if the einsum is no product."""
         x, weight, out = self.terms
         shared = "".join(letter for letter in weight if letter in x and letter in out)
         kept = "".join(letter for letter in weight if letter not in x and letter in out)
@@ -59,7 +59,7 @@ class _Seen:
 
 
 class EinsumPattern:
-    """Pattern of an einsum with one parameter operand. Its algebra is that of a product, or of experts."""
+    """Pattern of an einsum of an activation and a parameter, with the factors of a matrix or of experts."""
 
     name = "einsum"
 
@@ -82,10 +82,10 @@ class EinsumPattern:
             )
         shared, kept, summed = seen.letters
         sizes = _sizes(seen)
-        # The letters are in the order of storage, also for a transposed parameter.
+        # `_see` has put the letters into the order of storage, also for a transposed parameter.
         stored = seen.terms[1]
         out_in = stored != shared + summed + kept
-        # Letters that are not adjacent are permuted first.
+        # Permute dimensions of the weight first if letters of the same kind are not adjacent.
         order = tuple(map(stored.index, shared + kept + summed)) if out_in else None
         if order == tuple(range(len(stored))):
             order = None
@@ -118,7 +118,7 @@ class EinsumPattern:
         return _algebra(site).factors(site, rank)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Return ``B A``, transposed if the weight is."""
+        """Return ``B A``, transposed for a weight that is stored [in, out]."""
         return _algebra(site).delta(site, a, b)
 
     def flops(self, site: Site, rank: int) -> int:
@@ -200,11 +200,11 @@ def _see(node: fx.Node, region: Region) -> _Seen | Match:
 
 
 def rows_of_einsum(node: fx.Node, region: Region) -> tuple[int, int, int] | str | None:
-    """Return the axis of the rows of an einsum's activation, its first axis that the weight does not have.
+    """Return the axis of an einsum's rows: the first axis of the activation that the weight does not have.
 
     Returns:
-        The axis in the activation, the axis in the output, and the smallest number of dimensions of the
-        activation. The equation if it has no such axis. None for any other operation.
+        The axis in the activation, the axis in the output, and the least number of dimensions that the
+        activation has. If there is no such axis, the equation. None for any other operation.
     """
     seen = _see(node, region)
     if not isinstance(seen, _Seen):

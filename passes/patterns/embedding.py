@@ -1,8 +1,7 @@
 """Pattern of embedding lookups: ``y' = W[i] + s · (Aᵀ[i]) Bᵀ``.
 
-A is [r, vocabulary] and starts at zero, B is [width, r] and starts random. A lookup in Aᵀ is as
-cheap as one in W. The factors have the names of PEFT, ``lora_embedding_A`` and
-``lora_embedding_B``.
+A is [r, vocabulary] and starts at zero, B is [width, r] and starts random. A lookup in Aᵀ costs as little as
+a lookup in W. The factors have PEFT's names, ``lora_embedding_A`` and ``lora_embedding_B``.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def lookup(node: fx.Node) -> tuple[fx.Node, int | None, bool]:
     named = arguments(node, _FUNCTIONAL if node.target is F.embedding else _ATEN)
     padding = named["padding_idx"]
     if node.target is not F.embedding and padding == -1:
-        padding = None  # as aten writes it; a functional -1 is the last row
+        padding = None  # for aten, -1 means no padding; for F.embedding it means the last row
     return named["input"], padding, bool(named["scale_grad_by_freq"])
 
 
@@ -100,5 +99,5 @@ class EmbeddingPattern:
         return (b @ a).mT
 
     def flops(self, site: Site, rank: int) -> int:
-        """Return ``2 r width``, because the lookup is free."""
+        """Return ``2 r width``, because a lookup has no FLOPs."""
         return 2 * rank * site.out_features

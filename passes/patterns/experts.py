@@ -30,7 +30,7 @@ _GROUPED_NAMES = ("transformers.grouped_mm_fallback.default", "transformers.grou
 
 
 class ExpertsPattern:
-    """Pattern of ``matmul``, ``bmm`` and ``linear`` with a weight of three dimensions, or a matrix of it."""
+    """Pattern of ``matmul``, ``bmm`` and ``linear`` with a stack of matrices or one of the matrices."""
 
     name = "experts"
 
@@ -75,7 +75,7 @@ class ExpertsPattern:
         x = build.dropped(seen.x)
         if isinstance(seen.view.index, int):
             return _products(seen, x, build)
-        # A vector gives one row for each matrix, which the second product would read as one matrix.
+        # If x is a vector, the first product has a row for each expert. The second would read it as a matrix.
         matrix = build.call(Role.DOWN, experts.as_matrix, x, seen.left)
         up = _products(seen, matrix, build)
         return build.call(Role.UP, experts.as_before, up, seen.x, seen.left)
@@ -94,7 +94,7 @@ class ExpertsPattern:
 
 
 class GroupedPattern(ExpertsPattern):
-    """Pattern of a grouped product, with rows sorted by expert and the end of each expert's rows."""
+    """Pattern of a grouped product, with rows sorted by expert and the end index of each expert's rows."""
 
     name = "grouped-mm"
 
@@ -104,7 +104,7 @@ class GroupedPattern(ExpertsPattern):
         assert isinstance(seen, Product)
         ends = arguments(node, _GROUPED_ARGUMENTS)["offs"]
         if ends is None:
-            # Without offsets, each expert has a batch.
+            # Without offsets, it is a batched product with a batch of rows for each expert.
             return super().branch(site, node, region, build)
         down = build.call(Role.DOWN, experts.grouped_linear, build.dropped(seen.x), build.a, ends)
         return build.call(Role.UP, experts.grouped_linear, down, build.b, ends)

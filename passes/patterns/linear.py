@@ -5,7 +5,7 @@ transposed (``x @ W``, Conv1D of GPT-2). With the weight on the left, ``y = W x`
 ``s · B (A x)``. A is [r, in] and B [out, r] in every case, so that ΔW = s · B A.
 
 With a quantized weight the operation is opaque: ``y' = q(x) + s · (x Aᵀ) Bᵀ``, where q is the kernel of the
-weight's library (QLoRA, arXiv:2305.14314). Nothing of the base is dequantized for the branch.
+weight's library (QLoRA, arXiv:2305.14314). The branch does not dequantize the weight.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class Product:
     """Matrix product in a graph: ``x`` times a weight.
 
     Attributes:
-        x: The activation.
-        view: The weight, and the view that is read.
-        layout: Storage order of its last two dimensions, as in :class:`lora_fx.ir.site.Site`.
-        left: True if the weight is the left operand, so that the activation's columns are its inputs.
+        x: The node of the activation.
+        view: The weight, and the view that the product reads.
+        layout: Layout of the weight's last two dimensions as stored, as in :class:`lora_fx.ir.site.Site`.
+        left: True if the weight is the left operand. Then each column of the activation is an input vector.
         bias: The node added to the product, or None.
-        family: ``linear`` if the operation itself adds a bias, ``matmul`` for a bare product.
+        family: ``linear`` for ``F.linear``, ``matmul`` for any other function.
         operand: The node that the operation multiplies with: the view of the weight.
         operand_layout: Layout of the operand: [out, in] (``linear``) or [in, out] (``x @ operand``).
     """
@@ -125,7 +125,10 @@ def applied(
     *,
     left: bool = False,
 ) -> Product | Match:
-    """Return ``x`` times ``weight`` if one is an activation and the other a parameter."""
+    """Return the product of ``x`` and ``weight`` if ``x`` is an activation and ``weight`` reads a parameter.
+
+    Otherwise return a refusal, or None if the operation applies no weight.
+    """
     view = weight_of(weight, region)
     if view is None:
         if not isinstance(weight, fx.Node) or constant_of(x, region) is not None:
@@ -143,7 +146,7 @@ def applied(
 
 
 class LinearPattern:
-    """Pattern of ``F.linear`` and ``aten.linear``, which ``nn.Linear`` and affine subclasses call."""
+    """Pattern of ``F.linear`` and ``aten.linear``, which ``nn.Linear`` and its subclasses call."""
 
     name = "linear"
     _family = "linear"
@@ -219,7 +222,7 @@ ARGUMENTS = "x weight bias=None compute_dtype=None threshold=0.0 training=False 
 
 
 class QuantizedPattern(LinearPattern):
-    """Pattern of :func:`lora_fx.formats.weights.quantized_linear`, which capture inserts for such weights."""
+    """Pattern of :func:`lora_fx.formats.weights.quantized_linear`, a product with a quantized weight."""
 
     name = "quantized"
 

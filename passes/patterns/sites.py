@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-# Names of the parts of a fused weight, by substrings of its name.
+# Names of the parts of a fused weight by their number, and substrings of weight names to which they apply.
 _PARTS: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
     2: (("gate", "up"), ("gate_up", "gate_and_up", "w12", "w13")),
     3: (("q", "k", "v"), ("qkv", "in_proj", "c_attn", "query_key_value")),
@@ -35,9 +35,9 @@ _PARTS: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def site_name(weight: str) -> str:
-    """Return a site's FQN: that of the module, or of the parameter if that is not called ``weight``.
+    """Return a site's FQN: the name of the module, or of the parameter if it is not called ``weight``.
 
-    The weight of a root module has no module name, and keeps its own.
+    The weight of the root module is called ``weight``, because the root has an empty name.
     """
     owner, _, name = weight.rpartition(".")
     return owner if name == "weight" and owner else weight
@@ -68,7 +68,7 @@ def make_site(
         x: The input node.
         output: The output node.
         sizes: ``(in_features, out_features)``.
-        layout: Storage order of the weight.
+        layout: The layout of the weight as stored.
     """
     view = weight_of(weight, region) if isinstance(weight, fx.Node) else weight
     assert view is not None, f"{weight} reads no parameter"
@@ -108,7 +108,7 @@ def with_call(site: Site, **changes: Any) -> Site:
 
 
 def _bias_parameter(bias: object, rows: tuple[int, int] | None, region: Region) -> fx.Node | None:
-    """Return the parameter node of a bias, which may be cut to the same rows as the weight, or None."""
+    """Return the node of the parameter that is a bias, whole or cut to the weight's rows, or None."""
     if not isinstance(bias, fx.Node):
         return None
     if region.parameter(bias) is not None:
@@ -135,7 +135,7 @@ def _fused_name(weight: str) -> str:
 
 
 def part_names(weight: str, ranges: Sequence[tuple[int, int]]) -> tuple[str, ...]:
-    """Return the names of the parts of a fused weight: q, k, v or gate, up if its name tells, else ranges."""
+    """Return names of the parts of a fused weight: q, k, v or gate, up if its name shows it; else ranges."""
     names, hints = _PARTS.get(len(ranges), ((), ()))
     if any(hint in weight.lower() for hint in hints):
         return names
@@ -219,5 +219,5 @@ def _weight_read(node: fx.Node, region: Region) -> fx.Node | None:
 
 
 def itemised(value: Any) -> str:
-    """Return a short name of a node's target, for refusals."""
+    """Return a short name of a node's target, for messages."""
     return getattr(value, "__name__", str(value))

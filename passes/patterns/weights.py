@@ -1,7 +1,7 @@
-"""Views of weights in a graph: reads of a parameter through operations that only change its view.
+"""Views of weights in a graph: a parameter, read through operations that keep its values.
 
 These operations are casts and copies, transposes, views as another shape, and ranges of rows. If a weight
-has a matrix for each expert, they include the selection of one expert, or of one for each token.
+has a matrix for each expert, they include the selection of one expert, or of one expert for each token.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 _aten = torch.ops.aten
-# Splits by the number of parts. The other splits give the length of each part.
+# Functions that split by the number of parts. The other functions take the length of each part.
 _CHUNKS: tuple[Any, ...] = (torch.chunk, torch.Tensor.chunk, _aten.chunk.default)
 
 SPLIT = "input|self|tensor size|split_size_or_sections|split_size|split_sizes|chunks dim=0"
-"""Parameters of all split functions, in the notation of :func:`lora_fx.passes.graph.nodes.arguments`."""
+"""Parameters of the split functions, in the notation of :func:`lora_fx.passes.graph.nodes.arguments`."""
 
 _SPLITS: tuple[Any, ...] = (
     *_CHUNKS,
@@ -86,7 +86,7 @@ class WeightView:
 
 
 def weight_of(node: object, region: Region) -> WeightView | None:
-    """Return the view of a parameter that a node reads, or None if it is no mere view of one."""
+    """Return the view of a parameter that a node computes, or None if the node computes anything else."""
     if not isinstance(node, fx.Node):
         return None
     parameter = region.parameter(node)
@@ -108,7 +108,7 @@ def weight_of(node: object, region: Region) -> WeightView | None:
 
 
 def _is_written(copy: fx.Node) -> bool:
-    """Return True if code may write into a copy of a weight, which then is another weight."""
+    """Return True if code may write into a copy of a weight, so that it has other values than the weight."""
     return any(
         _is_written(user) if target_of(user) in _STEPS or splits(user) else may_write(user)
         for user in copy.users
@@ -165,7 +165,7 @@ def constant_of(node: object, region: Region) -> fx.Node | None:
     return parameter
 
 
-# --- one function per kind of operation: the view after the operation, or None --------------------------
+# --- one function for each kind of operation, which returns the view after the operation, or None --------
 
 
 def _cast(node: fx.Node, inner: WeightView) -> WeightView | None:
@@ -189,8 +189,7 @@ def _getattr(node: fx.Node, inner: WeightView) -> WeightView | None:
 
 def _permuted(node: fx.Node, inner: WeightView) -> WeightView | None:
     """Return the view with the last two dimensions swapped or as before. A meta tensor shows which."""
-    # With a tensor of indices the number of dimensions is unknown, so the result must hold for each of
-    # these.
+    # With a tensor of indices the number of dimensions is unknown. The result must be the same for all three.
     dim_counts = (2, 3, 4) if inner.dim is None else (inner.dim,)
     orders = [(_order(node, dims), tuple(range(dims))) for dims in dim_counts]
     if all(order == before for order, before in orders):
@@ -239,7 +238,7 @@ def _reshape(node: fx.Node, inner: WeightView) -> WeightView | None:
 def _getitem(node: fx.Node, inner: WeightView) -> WeightView | None:
     index = node.args[1]
     if isinstance(index, tuple):
-        # In `w[1, :, :]` the further indices take everything.
+        # Further indices must select everything, as in `w[1, :, :]`.
         further = index[1:]
         if not index or any(item is not Ellipsis and item != slice(None) for item in further):
             return None
@@ -284,12 +283,12 @@ def _gather(node: fx.Node, inner: WeightView) -> WeightView | None:
 
 
 def _is_first(dim: object, inner: WeightView) -> bool:
-    """Return True if a number is the first dimension of a weight."""
+    """Return True if ``dim`` is the first dimension of a weight, counted from the start or the end."""
     return isinstance(dim, int) and inner.dim is not None and dim in (0, -inner.dim)
 
 
 def _indexed(inner: WeightView, index: object) -> WeightView | None:
-    """Return the view of one of several matrices, or of one for each element of an index tensor."""
+    """Return the view of one matrix of a stack, or of the matrices that an index tensor selects."""
     if inner.dim != 3 or isinstance(index, bool) or not isinstance(index, int | fx.Node):
         return None
     if isinstance(index, int):
