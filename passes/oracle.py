@@ -174,7 +174,7 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
                 "(lora_fx.load_adapter)"
             )
     adapted = share_copy(model)
-    _own_zeros(adapted)
+    _randomize_zeros(adapted)
     start = _randomize(adapted, rows) | _randomize_tokens(adapted, record)
     dense = merge(adapted)[0]
     _check_merge(adapted, dense, rows, record)
@@ -198,7 +198,7 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
     error = relative_difference(actual, expected)
     if not error <= tolerance:
         with torch.enable_grad():
-            error, tolerance = _look_again(
+            error, tolerance = _judge_difference(
                 adapted, dense, start, example_inputs, (actual, expected), tolerance
             )
     watch.mark_checked(model)
@@ -236,7 +236,7 @@ def _report(
 # --- copies with random values ------------------------------------------------------------------------
 
 
-def _own_zeros(model: nn.Module) -> None:
+def _randomize_zeros(model: nn.Module) -> None:
     """Replace all-zero parameters of the base by random ones. Zeros would hide errors in earlier layers."""
     generator = torch.Generator().manual_seed(_SEED)
     replacements: dict[int, nn.Parameter] = {}
@@ -366,7 +366,7 @@ def _check_merge(
 # --- comparing ----------------------------------------------------------------------------------------
 
 
-def _look_again(
+def _judge_difference(
     adapted: nn.Module,
     dense: nn.Module,
     start: _Places,

@@ -132,7 +132,7 @@ def _table(kind: str, device: torch.device) -> Tensor:
     return table
 
 
-def _shallow(state: Any, memo: dict[int, Any]) -> Any:
+def _copied_state(state: Any, memo: dict[int, Any]) -> Any:
     if id(state) not in memo:
         twin = memo[id(state)] = copy.copy(state)
         if getattr(twin, "state2", None) is not None:
@@ -205,9 +205,9 @@ class _Load(LoadHook):
             return
         packed = {key.removeprefix(f"{name}."): value for key, value in entries.items()}
         scales = _library().functional.QuantState.from_dict(packed, state[name].device)
-        if _way(scales) != _way(current):
+        if _storage_settings(scales) != _storage_settings(current):
             errors.append(
-                f"{name} is stored as {_way(current)} here, and as {_way(scales)} in the state dict"
+                f"{name} is stored as {_storage_settings(current)} here, and as {_storage_settings(scales)} in the state dict"
             )
             return
         with torch.no_grad():
@@ -219,7 +219,7 @@ class _Load(LoadHook):
         state[name] = _like(weight, state[name], quant_state=scales)
 
 
-def _way(scales: Any) -> tuple[Any, ...]:
+def _storage_settings(scales: Any) -> tuple[Any, ...]:
     inner = None if scales.state2 is None else scales.state2.blocksize
     return scales.quant_type, scales.blocksize, scales.nested, tuple(scales.shape), inner
 
@@ -673,7 +673,7 @@ class BitsandbytesFormat(WeightFormat):
         twin: Any = torch_private.make_subclass(type(parameter), plain, False)
         twin.__dict__.update(parameter.__dict__)
         if getattr(twin, "quant_state", None) is not None:
-            twin.quant_state = _shallow(twin.quant_state, memo)
+            twin.quant_state = _copied_state(twin.quant_state, memo)
             if getattr(twin.quant_state, "packing_format_for_cpu", False):
                 twin.data, _ = _unpacked(plain, twin.quant_state)
         # The copied weight would set a new state on this module, which is the layer of the original.

@@ -201,7 +201,7 @@ class CompressedTensorsFormat(PackedFormat):
         options, old = weight.options, weight.parts
         scheme, library = _scheme_of(options.scheme), _library("quantization.utils")
         values, scale = values.float(), old["weight_scale"]
-        scales, zeros = _grid(weight)
+        scales, zeros = _scales_and_zeros(weight)
         factor = old.get("weight_global_scale")
         lowest, highest = _extremes(values, options)
         smallest, largest = library.calculate_range(scheme.weights, values.device)
@@ -240,14 +240,14 @@ class CompressedTensorsFormat(PackedFormat):
             levels = float8_levels(torch.float8_e4m3fn)
         else:
             levels = fp4_levels()
-        scales, zeros = _grid(weight)
+        scales, zeros = _scales_and_zeros(weight)
         scales = scales if factor is None else scales / factor
         return CodeGrid.of_blocks(levels, scales, weight.shape, options.block, zeros, options.rows)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """See :class:`WeightFormat`."""
         parts, options, (rows, columns) = weight.parts, weight.options, stored.shape
-        scales, zeros = _grid(weight)
+        scales, zeros = _scales_and_zeros(weight)
         line = columns // scales.shape[1]
         if options.compressor == "pack-quantized":
             unpack = _library("compressors.pack_quantized.helpers").unpack_from_int32
@@ -270,7 +270,7 @@ class CompressedTensorsFormat(PackedFormat):
         return OnnxWeight(DEQUANTIZE_LINEAR, codes.reshape(-1, line), scales.flatten(), None, line)
 
 
-def _grid(weight: Any) -> tuple[Tensor, Tensor]:
+def _scales_and_zeros(weight: Any) -> tuple[Tensor, Tensor]:
     """Return scales and zero points in fp32, in the shape [blocks of rows, blocks of columns]."""
     parts, options = weight.parts, weight.options
     scales, zeros = parts["weight_scale"], parts.get("weight_zero_point")

@@ -191,8 +191,8 @@ def _unpickled(
     return weight
 
 
-_Form = tuple[type["PackedTensor"], tuple[str, ...], Any]
-_forms: dict[str, _Form] = {}
+_Layout = tuple[type["PackedTensor"], tuple[str, ...], Any]
+_forms: dict[str, _Layout] = {}
 _keys: dict[tuple[type, tuple[str, ...], int], tuple[str, Any]] = {}
 
 
@@ -223,7 +223,7 @@ def _check_names(cls: type[PackedTensor], names: tuple[str, ...]) -> None:
             )
 
 
-def form_of(key: str) -> _Form:
+def form_of(key: str) -> _Layout:
     """Return the class, the names of the parts and the options of a weight with this key."""
     return _forms[key]
 

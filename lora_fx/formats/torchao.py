@@ -68,7 +68,9 @@ def _scheme(weight: Any) -> str | None:
 # or larger each time, because the codes are not symmetric.
 
 
-def _grid(values: Tensor, old: Any, new: Any, codes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _scales_and_zeros(
+    values: Tensor, old: Any, new: Any, codes: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """Return a scale and a zero point for each block: the old ones if the new values are in their range.
 
     Args:
@@ -92,7 +94,7 @@ def _requantize_int8(values: Tensor, old: Any) -> nn.Parameter:
     granularity = _granularity(tuple(old.block_size), tuple(old.shape))
     options = {"mapping_type": _mapping(old.zero_point), "reduce_range": old.reduce_range}
     codes = (-64, 63) if old.reduce_range else (-128, 127)
-    scale, zeros = _grid(values, old, make(values, granularity, **options), codes)
+    scale, zeros = _scales_and_zeros(values, old, make(values, granularity, **options), codes)
     tensor = make(values, granularity, scale=scale, zero_point=zeros, **options)
     return nn.Parameter(tensor, requires_grad=False)
 
@@ -102,7 +104,7 @@ def _requantize_intx(values: Tensor, old: Any) -> nn.Parameter:
     form = (tuple(old.block_size), old.target_dtype)
     bits = 4 if _scheme(old) == "int4" else 8
     new = make(values, *form, mapping_type=_mapping(old.zero_point))
-    scale, zeros = _grid(values, old, new, (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
+    scale, zeros = _scales_and_zeros(values, old, new, (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
     options = {"custom_scale": scale, "custom_zero_point": zeros}
     tensor = make(values, *form, intx_choose_qparams_algorithm=None, **options)
     return nn.Parameter(tensor, requires_grad=False)

@@ -28,7 +28,7 @@ from lora_fx.ir.tables import (
 __all__ = ["Comparison", "Deployment", "Kept", "Plan", "PlannedSite", "PlannedTokens", "Skipped"]
 
 
-def _often(row: FoldedRow) -> str:
+def _times(row: FoldedRow) -> str:
     return f" {row.times}" if row.times else ""
 
 
@@ -407,7 +407,9 @@ class Plan:
         Raises:
             ConfigError: If it selects none. The message has the nearest names, if any is near.
         """
-        outcomes = {row.name: f"adapted: {row.reason}; {self._given(row)}" for row in self.sites}
+        outcomes = {
+            row.name: f"adapted: {row.reason}; {self._adapter_text(row)}" for row in self.sites
+        }
         outcomes |= {
             skipped.site.name: f"not selected: {skipped.reason}" for skipped in self.skipped
         }
@@ -440,7 +442,7 @@ class Plan:
         return selected
 
     @staticmethod
-    def _given(row: PlannedSite) -> str:
+    def _adapter_text(row: PlannedSite) -> str:
         """Describe the adapter of a site in a line."""
         size = f"{row.site.pattern} of {_stored(row.site)}"
         if not row.rank:
@@ -457,7 +459,7 @@ class Plan:
             other: The other plan.
         """
         own, theirs = (
-            {row.name: self._given(row) for row in plan.sites}
+            {row.name: self._adapter_text(row) for row in plan.sites}
             | dict.fromkeys(plan.saved_modules, "trained in full")
             | dict.fromkeys(plan.biases, "trained")
             | {row.name: f"{len(row.indices)} rows trained" for row in plan.tokens}
@@ -596,7 +598,7 @@ class Plan:
         blocks = [html_block(f"adapted ({len(self.sites)})", sites, opened=True)]
         for title, listed in self.sections().items():
             if listed:
-                cells = [(r.name + _often(r), *r.cells) for r in folded(listed)]
+                cells = [(r.name + _times(r), *r.cells) for r in folded(listed)]
                 table = html_table(("name", "because"), cells, left=2)
                 blocks.append(html_block(f"{title} ({len(listed)})", table))
         for title, *notes in filter(None, [self.capture_lines()]):

@@ -331,13 +331,13 @@ class Record:
         return self.chosen or ActiveAdapters(self.active, self.per_sample)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
-        return self._outside()
+        return self._without_blocks()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        record = self._outside()
+        record = self._without_blocks()
         return Record, tuple(getattr(record, field.name) for field in dataclasses.fields(record))
 
-    def _outside(self) -> Record:
+    def _without_blocks(self) -> Record:
         # A copy is in no block, so no block would end for it. It keeps the adapters that were active.
         return dataclasses.replace(self, chosen=None, blocks=()) if self.blocks else self
 

@@ -119,18 +119,18 @@ class Dora(AdapterKind):
         if self.bias and not build.bias_taken:
             up = build.call(Role.UP, operator.add, up, build.spread(build.cast_slot(BIAS)))
         if not self.bias:
-            options = {"again": True} if _again(build) else None
+            options = {"again": True} if _recomputes_base(build) else None
             build.fuse_by(fused_dora.dora_linear, gains, less=options)
         if build.padding is not None:
             up = build.padded(up)
             gains = build.call(Role.PAD, F.pad, gains, build.padding, "constant", 1.0)
         spread_gains = build.spread(gains)
-        bias = _met_bias(build) if build.applied.bias else None
+        bias = _output_bias(build) if build.applied.bias else None
         if bias is not None and (not build.bias_taken or (self.bias and build.padding is not None)):
             constant = self._constant(build) if build.padding is None else gains
             shift = _shift(build, build.spread(constant), bias)
             up = build.call(Role.MAGNITUDE, operator.add, up, shift)
-        if _again(build):
+        if _recomputes_base(build):
             return build.call(
                 Role.ADD, dora.recomputed, build.base, up, spread_gains, *build.operands
             )
@@ -214,20 +214,20 @@ class Dora(AdapterKind):
 
 
 def _from_output(build: OutputBuilder) -> bool:
-    return _is_first(build) and not _again(build)
+    return _is_first(build) and not _recomputes_base(build)
 
 
 def _is_first(build: OutputBuilder) -> bool:
     return build.total is build.base and build.padding is None
 
 
-def _again(build: OutputBuilder) -> bool:
+def _recomputes_base(build: OutputBuilder) -> bool:
     """Return True if the base product is recomputed for the gradient of the magnitude."""
     linear = any(build.base.target is function for function in _LINEAR)
     return _is_first(build) and _makes_base_again(build.site) and linear
 
 
-def _met_bias(build: OutputBuilder) -> fx.Node:
+def _output_bias(build: OutputBuilder) -> fx.Node:
     bias = build.operand_bias
     return build.spread(bias) if build.site.family == "conv" else bias
 

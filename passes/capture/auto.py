@@ -74,11 +74,11 @@ def capture(
         # Only a run shows that the trace has fixed a value that changes.
         _log.warning("not captured by %s: %s", result.frontend, error)
         notes = (*result.notes, f"not {result.frontend}: {error}")
-        return _that_holds(model, result, example_inputs, notes)
+        return _keep_built_in_graphs(model, result, example_inputs, notes)
     return result
 
 
-def _that_holds(
+def _keep_built_in_graphs(
     model: nn.Module, result: Capture, example_inputs: Any, notes: tuple[str, ...]
 ) -> Capture:
     """Keep only the graphs of PyTorch's own layers, because another graph computes something else."""

@@ -243,9 +243,9 @@ class _Following:
             return value  # it belongs to another model
         if not self.reaches(value):
             return value
-        return self._made.setdefault(id(value), (value, self._anew(value)))[1]
+        return self._made.setdefault(id(value), (value, self._rebuilt(value)))[1]
 
-    def _anew(self, value: Any) -> Any:
+    def _rebuilt(self, value: Any) -> Any:
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, types.MethodType):
@@ -315,7 +315,7 @@ def _held(value: Any) -> Iterable[Any]:
 
 def children(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the objects that a value refers to, each with its label in a path such as ``.layers[0]``."""
-    for kind, contents in _WAYS:
+    for kind, contents in _CHILDREN_BY_CLASS:
         if isinstance(value, kind):
             yield from contents(value)
             return
@@ -354,7 +354,7 @@ def _of_mapping(value: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield " (a key)", key
 
 
-_WAYS: tuple[tuple[Any, Callable[[Any], Iterable[tuple[str, Any]]]], ...] = (
+_CHILDREN_BY_CLASS: tuple[tuple[Any, Callable[[Any], Iterable[tuple[str, Any]]]], ...] = (
     (types.FunctionType, _of_function),
     (types.MethodType, _of_method),
     (types.BuiltinMethodType, _of_builtin),
