@@ -1,8 +1,8 @@
-"""A weight format of your own: 8 bits a value, one scale for each row, in one file.
+"""Add a weight format: 8 bits for each value, and a scale for each row.
 
-Two classes are needed. A :class:`lora_fx.formats.PackedTensor` stands for the dense matrix in any code. A
-:class:`lora_fx.formats.PackedFormat` says how it is stored, its values, how values are packed, and what an
-ONNX file holds. docs/guides/formats.md explains each member, and shows a library that has layers.
+Two classes are needed. A :class:`lora_fx.formats.PackedTensor` is a quantized tensor that any code can use
+like a dense matrix. A :class:`lora_fx.formats.PackedFormat` describes its storage, packs and unpacks values,
+and exports it to ONNX. docs/guides/formats.md explains each member, and shows a library that has layers.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ class RowTensor(PackedTensor):
 
 
 class RowFormat(PackedFormat):
-    """``my_int8``: what lora_fx asks of :class:`RowTensor`."""
+    """The format ``my_int8`` of :class:`RowTensor`."""
 
     library = "example"
     names = ("my_int8",)
     tensor = RowTensor
 
     def describe(self, weight: Any) -> Quantization:
-        """8 bits, and no block: a scale is a row's."""
+        """Return the description: 8 bits, without blocks, because a scale belongs to a whole row."""
         return self.describe_as(weight, "my_int8", 8)
 
     def decode(self, weight: Any) -> Tensor:
-        """In fp32: values are rounded once, by the caller."""
+        """Return the values in fp32. The caller rounds them to its dtype."""
         values: Tensor = weight.codes * weight.scales
         return values
 
     def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
-        """The largest of a row is 127."""
+        """Pack values. The largest absolute value of a row gets the code 127 or -127."""
         wide = values.float()
         scales = wide.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
         codes = (wide / scales).round().to(torch.int8)
@@ -46,7 +46,7 @@ class RowFormat(PackedFormat):
         return nn.Parameter(RowTensor(parts, values.dtype), requires_grad=False)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
-        """The same integers: a block is a row, and there are no zero points."""
+        """Return the same integers for an ONNX file. A block is a row, and there are no zero points."""
         return pack_integers(weight.codes, weight.scales, None, stored.shape[1], stored.bits)
 
 
@@ -61,13 +61,13 @@ class Net(nn.Module):
         self.head = nn.Linear(32, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is [batch, 32]."""
+        """Return logits [batch, 4] for ``x`` [batch, 32]."""
         x = x + self.down(torch.relu(self.up(x)))
         return self.head(x + x @ self.mix)
 
 
 def main() -> None:
-    """Quantizes, trains adapters, merges in both ways, saves, loads, and exports."""
+    """Quantize a model, train adapters, merge in both ways, save, load and export."""
     torch.manual_seed(0)
     lora_fx.register_format(RowFormat())
     dense = Net()

@@ -1,9 +1,9 @@
-"""An adapter kind of your own: IA³, a trained scale on the output features of linear operations.
+"""Add an adapter kind: IA³, a trained scale on the output features of linear operations.
 
 IA³ (Liu et al. 2022, arXiv:2205.05638) trains one vector l for an operation and computes
-``y' = l ∘ (W x + b)``. It has no factors A and B: it makes another weight, ``l ∘ W``, and another bias,
-``l ∘ b``. The class below is all that lora_fx has to know; run it to see a model rewritten, trained, merged,
-saved, loaded and exported to ONNX with it::
+``y' = l ∘ (W x + b)``. It has no factors A and B. The adapted weight is ``l ∘ W``, and the adapted bias is
+``l ∘ b``. The class below is all that lora_fx needs. Run this file to rewrite, train, merge, save, load and
+export a model with it::
 
     python examples/custom_kind.py
 """
@@ -36,16 +36,16 @@ class Ia3(AdapterKind):
     trains = "a scale of the output (IA³)"
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
-        """One number for each output feature, 1 at the start."""
+        """Return one slot: a number for each output feature, which starts as 1."""
         shape = (site.out_features,)
         return (Slot(SCALE, SCALE, shape, "a scale", neutral=1.0, multiplies=True),)
 
     def costs(self, site: Site, rank: int) -> Costs:
-        """A product for each output feature, whose gradient needs the output of the operation."""
+        """Return the costs: a product for each output feature. Its gradient needs the operation's output."""
         return Costs(parameters=site.out_features, flops=site.out_features, saved=site.out_features)
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
-        """``l ∘ base``; beside other adapters ``total + (l - 1) ∘ base``."""
+        """Write ``l ∘ base``, or ``total + (l - 1) ∘ base`` if there are other adapters."""
         scale = build.spread_slot(SCALE, outside=1.0)
         if build.total is build.base:
             return build.call(Role.ADD, operator.mul, build.total, scale)
@@ -54,13 +54,13 @@ class Ia3(AdapterKind):
         return build.call(Role.ADD, operator.add, build.total, change)
 
     def transformed(self, weight: Tensor, site: Site, values: Mapping[str, Tensor]) -> Tensor:
-        """``l ∘ W``."""
+        """Return ``l ∘ W``."""
         return weight * along(values[SCALE], weight, site)
 
     def bias_terms(
         self, bias: Tensor | None, values: Mapping[str, Tensor], scale: float
     ) -> Sequence[tuple[Tensor, float]]:
-        """``l ∘ b - b``."""
+        """Return the change of the bias, ``l ∘ b - b``, as two terms."""
         return () if bias is None else ((values[SCALE] * bias, 1.0), (bias, -1.0))
 
 
@@ -78,13 +78,13 @@ class Net(nn.Module):
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is [batch, 3, length]."""
+        """Return logits [batch, 4] for ``x`` [batch, 3, length]."""
         x = self.conv(x).mT
         return self.head(self.down(self.up(x).relu()).mean(1))
 
 
 def train(model: nn.Module, x: Tensor, target: Tensor, steps: int = 20) -> tuple[float, float]:
-    """Trains what requires a gradient; returns the first loss and the last."""
+    """Train all parameters that require a gradient. Return the first loss and the last."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.0)
     losses = []
@@ -98,14 +98,14 @@ def train(model: nn.Module, x: Tensor, target: Tensor, steps: int = 20) -> tuple
 
 
 def main() -> None:
-    """Rewrites, trains, merges, saves, loads and exports."""
+    """Rewrite, train, merge, save, load and export a model."""
     torch.manual_seed(0)
     base, x, target = Net(), torch.randn(16, 3, 10), torch.randint(4, (16,))
     config = lora_fx.LoraConfig(kind="ia3", target_modules=["conv", "up", "down"])
     print(lora_fx.plan(base, config))
 
     model = lora_fx.rewrite(base, config, (x,))
-    torch.testing.assert_close(model(x), base(x), rtol=0, atol=0)  # nothing before training
+    torch.testing.assert_close(model(x), base(x), rtol=0, atol=0)  # no effect before training
     first, last = train(model, x, target)
     print(f"loss {first:.3f} -> {last:.3f}")
     if not last < first:

@@ -1,8 +1,8 @@
-"""An operation of your own: a linear layer that also scales its output, in one function.
+"""Add an operation: a function that applies a linear layer and scales the output.
 
-lora_fx knows the operation once it knows where the weight and the input are. The algebra (factors,
-branch, merge) is that of a linear operation and is inherited. The branch must compute what the weight's
-change would: ``g * x ΔWᵀ``, so that it is scaled like the base.
+A pattern tells lora_fx which arguments of the function are the weight and the input. Factors, branch and
+merge are inherited from the pattern of linear operations. The branch must compute the effect of the weight's
+change, ``g * x ΔWᵀ``. So it must be scaled like the base operation.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ GAIN = 3.0
 
 @fx.wrap
 def scaled_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``GAIN * x Wᵀ``: one opaque call in a graph, as a custom kernel would be."""
+    """Return ``GAIN * x Wᵀ``. In a graph this is one opaque call, like a custom kernel."""
     return GAIN * nn.functional.linear(x, weight)
 
 
 class ScaledLinearPattern(LinearPattern):
-    """Finds :func:`scaled_linear`."""
+    """Pattern of :func:`scaled_linear`."""
 
     name = "scaled-linear"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """A site for every call over a parameter."""
+        """Return a site for a call whose weight is a parameter, else None."""
         if node.target is not scaled_linear or region.parameter(node.args[1]) is None:
             return None
         x: Any = node.args[0]
@@ -50,7 +50,7 @@ class ScaledLinearPattern(LinearPattern):
         )
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """``scaled_linear`` with A, then a plain product with B: the gain is in there once."""
+        """Write ``scaled_linear`` with A, then a plain product with B, so that the gain applies once."""
         x: Any = node.args[0]
         down = build.call(Role.DOWN, scaled_linear, build.dropped(x), build.a)
         return build.call(Role.UP, nn.functional.linear, down, build.b)
@@ -65,12 +65,12 @@ class Net(nn.Module):
         self.head = nn.Linear(8, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` is [batch, 16]."""
+        """Return logits [batch, 2] for ``x`` [batch, 16]."""
         return self.head(scaled_linear(x, self.weight).relu())
 
 
 def main() -> None:
-    """Registers the pattern, rewrites, and shows that the merge agrees."""
+    """Register the pattern, rewrite a model, and check that the merged model gives the same outputs."""
     lora_fx.register_pattern(ScaledLinearPattern())
     config = lora_fx.LoraConfig(r=2, lora_alpha=4, init_lora_weights=False)
     adapted = lora_fx.rewrite(Net(), config)

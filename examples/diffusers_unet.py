@@ -1,6 +1,6 @@
-"""A denoiser of diffusers learns to draw something new: adapters in the UNet, the noise schedule as it is.
+"""Train adapters in a UNet of diffusers to draw new pictures. The noise schedule does not change.
 
-As it stands the UNet is tiny and untrained. With a real one (an unconditional ``UNet2DModel``)::
+By default the UNet is tiny and untrained. With your own (an unconditional ``UNet2DModel``)::
 
     python examples/diffusers_unet.py --model FOLDER
 """
@@ -19,7 +19,7 @@ import lora_fx
 
 
 def build(folder: str | None) -> UNet2DModel:
-    """The model from its folder, or a tiny one."""
+    """Load the model from its folder, or make a tiny one."""
     if folder is not None:
         return UNet2DModel.from_pretrained(folder)
     return UNet2DModel(
@@ -33,7 +33,7 @@ def build(folder: str | None) -> UNet2DModel:
 
 
 def draw(count: int, size: int) -> Tensor:
-    """Pictures [count, 3, size, size] from -1 to 1: a bright disc somewhere on a dark ground."""
+    """Draw pictures [count, 3, size, size] from -1 to 1: a bright disc at a random place, on dark ground."""
     row = torch.arange(size).view(1, size, 1)
     column = torch.arange(size).view(1, 1, size)
     middle = torch.randint(size // 4, size - size // 4, (count, 2, 1, 1))
@@ -42,7 +42,7 @@ def draw(count: int, size: int) -> Tensor:
 
 
 def noise_loss(model: nn.Module, scheduler: DDPMScheduler, pictures: Tensor) -> Tensor:
-    """How far off the predicted noise is, at random steps."""
+    """Return the mean squared error of the predicted noise, at random steps of the schedule."""
     noise = torch.randn_like(pictures)
     steps = torch.randint(scheduler.config.num_train_timesteps, (len(pictures),))
     noisy = scheduler.add_noise(pictures, noise, steps)
@@ -59,7 +59,7 @@ def main() -> None:
     base = build(options.model)
     size = base.config.sample_size
     scheduler = DDPMScheduler(num_train_timesteps=100)
-    # Convolutions are linear operations, too: without target_modules all of them are adapted.
+    # Without target_modules all linear operations are adapted. Convolutions are linear operations, too.
     model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=8, lora_alpha=16))
     optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=5e-3)
     losses = []

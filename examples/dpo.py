@@ -1,8 +1,8 @@
-"""Preferences after supervised fine-tuning: DPO with a reference model that costs the adapter's memory only.
+"""Train on preferences with DPO after fine-tuning. The reference needs memory for its adapter only.
 
-The reference of DPO is the model as it was after fine-tuning, its adapter included: ``lora_fx.reference``.
-With TRL installed, its DPOTrainer does the second part (``--loop`` for the plain loop). As it stands the
-model is tiny and untrained. With a real one, in a folder with its tokenizer::
+The reference model of DPO is the model after fine-tuning, with its adapter. ``lora_fx.reference`` returns it.
+If TRL is installed, its DPOTrainer runs DPO (``--loop`` for the plain loop). By default the model is tiny and
+untrained. With your own, in a folder with its tokenizer::
 
     python examples/dpo.py --model FOLDER
 """
@@ -35,7 +35,7 @@ Row = dict[str, str]
 
 
 def build(folder: str | None) -> tuple[nn.Module, Any]:
-    """Model and tokenizer from a folder, or tiny ones."""
+    """Load a model and a tokenizer from a folder, or make tiny ones."""
     if folder is not None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -53,7 +53,7 @@ def build(folder: str | None) -> tuple[nn.Module, Any]:
 
 
 def preferences(count: int) -> list[Row]:
-    """Prompts with two answers each: the friendly one is chosen."""
+    """Make prompts with two answers each. The friendly answer is the chosen one."""
     rows = []
     for _ in range(count):
         topic = random.choice(WORDS[4:8])
@@ -64,14 +64,14 @@ def preferences(count: int) -> list[Row]:
 
 
 def encode(model: nn.Module, tokenizer: Any, rows: list[Row], kinds: list[str]) -> Any:
-    """Prompts with one of their answers, as a batch."""
+    """Return a batch of prompts, each with its answer of one kind."""
     texts = [row["prompt"] + row[kind] for row, kind in zip(rows, kinds, strict=True)]
     options = {"padding": True, "padding_side": "right", "return_token_type_ids": False}
     return tokenizer(texts, return_tensors="pt", **options).to(model.device)
 
 
 def fine_tune(model: nn.Module, tokenizer: Any, steps: int) -> None:
-    """Supervised: both kinds of answers, so that there is something to prefer."""
+    """Fine-tune on both kinds of answers, so that DPO can prefer one of them."""
     optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=5e-3)
     for _ in range(steps):
         rows = preferences(16)
@@ -83,7 +83,7 @@ def fine_tune(model: nn.Module, tokenizer: Any, steps: int) -> None:
 
 
 def log_probabilities(model: nn.Module, tokenizer: Any, rows: list[Row], kind: str) -> Tensor:
-    """The log-probability of each row's answer, given its prompt."""
+    """Return the log-probability of each row's answer, given its prompt."""
     batch = encode(model, tokenizer, rows, [kind] * len(rows))
     logs = model(**batch).logits[:, :-1].log_softmax(-1)
     logs = logs.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
@@ -94,13 +94,13 @@ def log_probabilities(model: nn.Module, tokenizer: Any, rows: list[Row], kind: s
 
 
 def margins(model: nn.Module, tokenizer: Any, rows: list[Row]) -> Tensor:
-    """How much more likely the chosen answers are, in nats."""
+    """Return the log-probability of each chosen answer minus that of the rejected one."""
     chosen, rejected = (log_probabilities(model, tokenizer, rows, kind) for kind in KINDS)
     return chosen - rejected
 
 
 def prefer(model: nn.Module, reference: nn.Module, tokenizer: Any, steps: int) -> None:
-    """DPO as it is written: -log σ(β (margin - margin of the reference))."""
+    """Train with the loss of DPO: -log σ(β (margin - margin of the reference)), with β = 0.1."""
     optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=1e-3)
     for _ in range(steps):
         rows = preferences(16)
@@ -113,7 +113,7 @@ def prefer(model: nn.Module, reference: nn.Module, tokenizer: Any, steps: int) -
 
 
 def prefer_by_trl(model: nn.Module, reference: nn.Module, tokenizer: Any, steps: int) -> None:
-    """The same by TRL's trainer."""
+    """Train with DPO in TRL's trainer."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 

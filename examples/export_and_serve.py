@@ -1,14 +1,14 @@
-r"""A server of many adapters over one file: FastAPI, ONNX Runtime, and the adapter that each request names.
+r"""Serve many adapters over one ONNX file, with FastAPI and ONNX Runtime. Each request names its adapter.
 
-As it stands a tiny classifier and two adapters are made, exported and asked in this process. To listen on
-127.0.0.1, with a model and adapters of your own (folders that lora-fx or PEFT wrote)::
+By default a tiny classifier and two adapters are trained, exported and called in this process. To listen on
+127.0.0.1, with your own model and adapters (folders that lora-fx or PEFT wrote)::
 
     pip install '.[serve,hf,cpu]'
     python examples/export_and_serve.py --serve --model FOLDER --adapter maths=FOLDER --adapter code=FOLDER
     curl -H 'Content-Type: application/json' -d '{"input_ids": [[5, 7, 2]], "adapter": "maths"}' \
         http://127.0.0.1:8000/classify
 
-Adapters come and go while it serves. New ones are folders below ``--adapters``::
+Adapters can be added and removed while the server runs. New ones are in folders below ``--adapters``::
 
     curl -X PUT -H 'Content-Type: application/json' -d '{"folder": "law"}' http://127.0.0.1:8000/adapters/law
     curl -X DELETE http://127.0.0.1:8000/adapters/maths
@@ -34,18 +34,18 @@ from transformers import (
 import lora_fx
 
 TOKENS = 32
-MADE = {"has seven": 7, "has nine": 9}  # what a made adapter looks for among the tokens
+MADE = {"has seven": 7, "has nine": 9}  # the token that each example adapter detects
 
 
 class Question(BaseModel):
-    """What a client sends: rows of equal length, and the adapter; none is the base model."""
+    """Request of a client: rows of token ids of equal length, and the adapter (None for the base model)."""
 
     input_ids: list[list[int]]
     adapter: str | None = None
 
 
 def train(base: nn.Module, token: int) -> nn.Module:
-    """An adapter that says whether a token is there."""
+    """Train an adapter that detects if a token is in a row."""
     torch.manual_seed(token)
     model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=8, lora_alpha=16)).train()
     optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=1e-2)
@@ -63,19 +63,19 @@ def train(base: nn.Module, token: int) -> nn.Module:
 
 
 class Source(BaseModel):
-    """Where a new adapter is: a folder below that of all adapters."""
+    """Location of a new adapter: a folder below the folder of all adapters."""
 
     folder: str
 
 
 def serve(session: lora_fx.OnnxSession, root: Path | None = None) -> FastAPI:
-    """The application. Its handlers run in threads, which share the session.
+    """Return the application. Its handlers run in threads that share the session.
 
-    A run that has begun ends with the adapter that it began with. So nothing waits for an adapter that is
-    loaded or removed, and the session alone knows which adapters there are.
+    A run uses the same adapter from start to end, even if the adapter is removed meanwhile. So no lock is
+    needed, and the list of adapters is only in the session.
     """
     app = FastAPI(title="adapters")
-    # A page in a browser reaches this port, too, under a name of its own.
+    # A web page could reach this port under another host name, so only local names are allowed.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
 
     @app.get("/adapters")
@@ -107,7 +107,7 @@ def serve(session: lora_fx.OnnxSession, root: Path | None = None) -> FastAPI:
             ids = torch.tensor(question.input_ids)
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             logits = session.run(inputs, adapter=question.adapter)["logits"]
-        # No look before the run: the adapter may go in between.
+        # There is no check before the run, because the adapter may be removed after a check.
         except lora_fx.ConfigError as error:
             raise HTTPException(404, str(error)) from error
         except (
@@ -141,7 +141,7 @@ def main() -> None:
         adapters = {name: train(base, token) for name, token in MADE.items()}
 
     with TemporaryDirectory() as folder:
-        # One file for the base. Each adapter is loaded once, from a folder or from a model.
+        # The base is in one file. Each adapter is loaded into the session, from a folder or from a model.
         file, ids = Path(folder, "base.onnx"), torch.randint(TOKENS, (2, 6))
         example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         lora_fx.export_onnx(base.eval(), file, example, adapters="inputs")

@@ -1,12 +1,12 @@
-"""Training in shards: FSDP2 over the blocks of a causal language model, on any number of processes.
+"""Train adapters with FSDP2 on any number of processes. The blocks of a language model are sharded.
 
-As it stands the model is tiny and untrained; without torchrun there is one process. On two, and on each of
+By default the model is tiny and untrained. Without torchrun there is one process. On two processes, and on
 two machines::
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/fsdp2.py
 
-Each process has its share of one batch, so that any number of them trains the same adapter.
+The processes share one batch, so that any number of processes trains the same adapter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKENS = 64
 
 
 def build(folder: str | None) -> nn.Module:
-    """The model from its folder, or a tiny one; the same on every process."""
+    """Load the model from its folder, or make a tiny one. It is the same on every process."""
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def build(folder: str | None) -> nn.Module:
 
 
 def join() -> torch.device:
-    """Joins the group that torchrun has started, or one of this process alone."""
+    """Join the process group of torchrun, or a group of this process alone. Return its device."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -65,7 +65,7 @@ def main() -> None:
     if options.batch % ranks:
         raise SystemExit(f"--batch {options.batch} is no multiple of the {ranks} processes")
     base = build(options.model).to(device)
-    # Rewrite, then shard: blocks stay blocks, and the factors are sharded with them.
+    # Rewrite first, then shard. The factors are then sharded together with the weights of their block.
     model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=8, lora_alpha=16, seed=0))
     mesh = init_device_mesh(device.type, (ranks,))
     for block in model.model.layers:
@@ -76,7 +76,7 @@ def main() -> None:
     losses = []
     model.train()
     for step in range(options.steps):
-        # All draw the same batch, and take their samples of it.
+        # All processes draw the same batch, and each takes its share of the samples.
         seeded = torch.Generator().manual_seed(step)
         starts = torch.randint(TOKENS, (options.batch, 1), generator=seeded)
         ids = (starts.chunk(ranks)[rank] + 3 * torch.arange(16)).to(device) % TOKENS
@@ -88,7 +88,8 @@ def main() -> None:
         losses.append(loss.item() / ranks)
 
     with TemporaryDirectory() as temporary:
-        # On every process, since it gathers; the folder of the first on each machine is kept.
+        # Every process must save, because saving gathers the shards. The folder of the first process on each
+        # machine is kept.
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         keep = options.out if options.out and first else temporary
         folder = Path(keep, "adapter")

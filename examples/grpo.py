@@ -1,8 +1,8 @@
-"""Learning from a reward: GRPO in a plain loop, with the model that was rewritten as the free reference.
+"""Train on a reward with GRPO. The base model is the reference: it shares its weights with the rewritten one.
 
-Groups of answers are sampled for each prompt, and answers above the mean of their group get more likely. With
-TRL installed, its GRPOTrainer does it (``--loop`` for the plain loop). As it stands the model is tiny and
-untrained, and the reward counts even tokens. With a real one, in a folder with its tokenizer::
+A group of answers is sampled for each prompt. Answers with a reward above the mean of their group become more
+likely. If TRL is installed, its GRPOTrainer runs GRPO (``--loop`` for the plain loop). By default the model
+is tiny and untrained, and the reward counts even tokens. With your own, in a folder with its tokenizer::
 
     python examples/grpo.py --model FOLDER
 
@@ -35,7 +35,7 @@ GROUP, LENGTH = 8, 8
 
 
 def build(folder: str | None) -> tuple[nn.Module, Any]:
-    """Model and tokenizer from a folder, or tiny ones."""
+    """Load a model and a tokenizer from a folder, or make tiny ones."""
     if folder is not None:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -54,17 +54,20 @@ def build(folder: str | None) -> tuple[nn.Module, Any]:
 
 
 def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """The part of an answer's tokens that are even, as TRL asks for it."""
+    """Return the share of even tokens in each answer. TRL calls rewards with these arguments."""
     return [sum(one % 2 == 0 for one in ids) / LENGTH for ids in completion_ids]
 
 
 def prompts(count: int) -> list[str]:
-    """Made-up prompts of one length."""
+    """Make random prompts of equal length."""
     return [" ".join(random.choices(WORDS, k=4)) for _ in range(count)]
 
 
 def sample(model: nn.Module, tokenizer: Any, asked: list[str]) -> tuple[Any, Tensor]:
-    """A group of answers to each prompt: the prompts, repeated, and prompt and answer [rows, length]."""
+    """Sample a group of answers to each prompt.
+
+    Return the batch of prompts, each repeated for its group, and prompts with answers [rows, length].
+    """
     rows = [prompt for prompt in asked for _ in range(GROUP)]
     batch = tokenizer(rows, return_tensors="pt", padding=True, return_token_type_ids=False)
     batch = batch.to(model.device)
@@ -74,7 +77,7 @@ def sample(model: nn.Module, tokenizer: Any, asked: list[str]) -> tuple[Any, Ten
 
 
 def log_probabilities(model: nn.Module, batch: Any, ids: Tensor) -> Tensor:
-    """Of each token of the answers [rows, LENGTH]."""
+    """Return the log-probability of each token of the answers, [rows, LENGTH]."""
     start = batch.input_ids.shape[1]
     mask = torch.cat([batch.attention_mask, torch.ones_like(ids[:, start:])], 1)
     logs = model(input_ids=ids, attention_mask=mask).logits[:, start - 1 : -1].log_softmax(-1)
@@ -82,7 +85,7 @@ def log_probabilities(model: nn.Module, batch: Any, ids: Tensor) -> Tensor:
 
 
 def learn(model: nn.Module, reference: nn.Module, tokenizer: Any, steps: int) -> None:
-    """GRPO with one update for each batch, and 0.02 of the divergence from the reference."""
+    """Train with GRPO: one update for each batch, and 0.02 times the divergence from the reference."""
     optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=5e-3)
     for _ in range(steps):
         batch, ids = sample(model, tokenizer, prompts(8))
@@ -100,7 +103,7 @@ def learn(model: nn.Module, reference: nn.Module, tokenizer: Any, steps: int) ->
 
 
 def learn_by_trl(model: nn.Module, tokenizer: Any, steps: int, server: str | None) -> None:
-    """The same by TRL's trainer, which wants no reference where beta is 0."""
+    """Train with GRPO in TRL's trainer. It needs no reference, because beta is 0."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 

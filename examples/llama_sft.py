@@ -1,7 +1,7 @@
-"""Supervised fine-tuning of a Llama: TRL's SFTTrainer if it is installed, the Trainer of transformers if not.
+"""Fine-tune a Llama on texts, with TRL's SFTTrainer if it is installed, or else with transformers' Trainer.
 
-Both save checkpoints that are adapters, and go on from them. As it stands the model is tiny and untrained.
-With a real one, in a folder with its tokenizer, and a file with one text in each line::
+The checkpoints of both are adapters, and both can resume from them. By default the model is tiny and
+untrained. With your own, in a folder with its tokenizer, and a file with one text in each line::
 
     python examples/llama_sft.py --model FOLDER --data texts.txt --out out/sft
 """
@@ -35,7 +35,7 @@ NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 
 
 def write_tiny(folder: Path) -> None:
-    """Saves an untrained model and a tokenizer of whole words."""
+    """Save an untrained model and a tokenizer of whole words."""
     words = ["[PAD]", "[END]", "count", "from", "to", *NUMBERS]
     plain = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -49,7 +49,7 @@ def write_tiny(folder: Path) -> None:
 
 
 def texts(path: str | None) -> list[str]:
-    """The lines of a file, or made-up ones: "count from two to five two three four five"."""
+    """Read the lines of a file, or make some: "count from two to five two three four five"."""
     if path is not None:
         return Path(path).read_text(encoding="utf-8").splitlines()
     found = []
@@ -61,7 +61,7 @@ def texts(path: str | None) -> list[str]:
 
 
 def trainer(model: nn.Module, tokenizer: Any, lines: list[str], options: dict[str, Any]) -> Trainer:
-    """TRL's, or the one of transformers."""
+    """Return the trainer of TRL if it is installed, or else the one of transformers."""
     held_out = len(lines) // 8
     if importlib.util.find_spec("trl") is not None:
         from datasets import Dataset
@@ -125,7 +125,7 @@ def main() -> None:
         if after >= before:
             raise SystemExit("the loss did not fall")
 
-        # A checkpoint is an adapter folder: for load_adapter, from_pretrained and PEFT.
+        # A checkpoint is an adapter folder, which load_adapter, from_pretrained and PEFT can load.
         checkpoint = out / f"checkpoint-{options.steps}"
         loaded = lora_fx.load_adapter(AutoModelForCausalLM.from_pretrained(source), checkpoint)
         prompt = tokenizer(texts(options.data)[0], return_tensors="pt").input_ids

@@ -1,6 +1,6 @@
-"""A sentence classifier on a small BERT (MiniLM and the like), trained by the Trainer of transformers.
+"""Train a sentence classifier on a small BERT, such as MiniLM, with the Trainer of transformers.
 
-As it stands the model is tiny and untrained. With a real encoder, in a folder with its tokenizer::
+By default the model is tiny and untrained. With your own encoder, in a folder with its tokenizer::
 
     python examples/minilm_classification.py --model FOLDER
 """
@@ -35,7 +35,7 @@ WORDS = {
 
 
 def sentences(count: int) -> list[tuple[str, int]]:
-    """Made-up reviews with their labels: 1 is a good one."""
+    """Make reviews with labels: 1 for a good review, 0 for a bad one."""
     found = []
     for _ in range(count):
         label = random.randrange(2)
@@ -45,7 +45,7 @@ def sentences(count: int) -> list[tuple[str, int]]:
 
 
 def build(folder: str | None) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
-    """Model and tokenizer from a folder, or tiny ones."""
+    """Load a model and a tokenizer from a folder, or make tiny ones."""
     if folder is not None:
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
         return model, AutoTokenizer.from_pretrained(folder)
@@ -71,7 +71,7 @@ def main() -> None:
     random.seed(0)
     torch.manual_seed(0)
     base, tokenizer = build(options.model)
-    # The classifier is new: it is trained in full, and saved with the adapter.
+    # The classifier is a new layer, so it is trained in full and saved with the adapter.
     config = lora_fx.LoraConfig(
         r=8,
         lora_alpha=16,

@@ -1,7 +1,6 @@
-"""One model, several adapters: one batch trains them all, each with its own rows, and one call runs them all.
+"""Train and run several adapters of one model in one batch. Each row of the batch has its adapter.
 
-The tasks are made up: after token t comes t + 1 ("up"), t - 1 ("down"), or t ("same"). With a model of your
-own::
+In the example tasks, the token after t is t + 1 ("up"), t - 1 ("down"), or t ("same"). With your own model::
 
     python examples/multi_adapter.py --model FOLDER
 """
@@ -23,7 +22,7 @@ TOKENS = 32
 
 
 def build(folder: str | None) -> nn.Module:
-    """The model from its folder, or a tiny one."""
+    """Load the model from its folder, or make a tiny one."""
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -32,13 +31,13 @@ def build(folder: str | None) -> nn.Module:
 
 
 def texts(task: str, count: int) -> Tensor:
-    """Rows of 12 tokens [count, 12] that follow the rule of a task."""
+    """Make rows of 12 tokens, [count, 12], that follow the rule of a task."""
     starts = torch.randint(TOKENS, (count, 1))
     return (starts + TASKS[task] * torch.arange(12)) % TOKENS
 
 
 def train(model: nn.Module, steps: int) -> list[dict[str, float]]:
-    """Trains all adapters by each batch; returns the losses of each in every step."""
+    """Train all adapters with each batch. Return the loss of each adapter in every step."""
     optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=1e-2)
     names = [task for task in TASKS for _ in range(16)]
     history = []
@@ -46,7 +45,8 @@ def train(model: nn.Module, steps: int) -> list[dict[str, float]]:
     for _ in range(steps):
         ids = torch.cat([texts(task, 16) for task in TASKS])
         logits = model(input_ids=ids, adapter_ids=names).logits
-        # Each adapter has the mean loss of its own rows; their sum trains each as if it were alone.
+        # The loss of an adapter is the mean over its rows. The sum of all losses trains each adapter as if it
+        # were alone.
         losses = lora_fx.adapter_losses(logits, ids, names)
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -59,7 +59,7 @@ def train(model: nn.Module, steps: int) -> list[dict[str, float]]:
 def row_losses(
     model: Callable[..., object], ids: Tensor, names: list[str | None] | None = None
 ) -> Tensor:
-    """The mean loss of each row, without its first two tokens: the third follows from them."""
+    """Return the mean loss of each row, without its first two tokens, which cannot be predicted."""
     more = {} if names is None else {"adapter_ids": names}
     logits = model(input_ids=ids, **more).logits[:, 1:-1]
     losses = nn.functional.cross_entropy(logits.mT, ids[:, 2:], reduction="none")
@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    # Adapters of one model may differ in their ranks.
+    # The adapters of a model may have different ranks.
     configs = {task: lora_fx.LoraConfig(r=rank, lora_alpha=16) for task, rank in RANKS.items()}
     first, *others = TASKS
     model = lora_fx.rewrite(build(options.model), configs[first], adapter_name=first)

@@ -1,4 +1,4 @@
-"""From a model to a trained, merged one, on made-up data."""
+"""Plan, rewrite, train and merge a small model, on random data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import lora_fx
 
 
 class Classifier(nn.Module):
-    """Two hidden layers, one of them over a raw parameter, and a head."""
+    """Two hidden layers and a head. The weight of the second layer is a bare parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,13 +18,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` is [batch, 16]; logits [batch, 4]."""
+        """Return logits [batch, 4] for ``x`` [batch, 16]."""
         hidden = torch.relu(self.fc(x))
         return self.head(torch.relu(hidden @ self.mix))
 
 
 def main() -> None:
-    """Plans, rewrites, trains, merges, and compares."""
+    """Plan, rewrite, train and merge a model, and compare the outputs."""
     torch.manual_seed(0)
     model = Classifier()
     config = lora_fx.LoraConfig(r=4, lora_alpha=8)

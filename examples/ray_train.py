@@ -1,7 +1,7 @@
-"""The same loop on a laptop and on a cluster: Ray Train starts the workers, each holds a rewritten model.
+"""Train adapters with Ray Train, in the same loop on a laptop and on a cluster. Each worker has a model.
 
-As it stands two workers on this machine's CPU train a tiny model. On a cluster, with a model of your own that
-every node reads::
+By default two workers on the CPU of this machine train a tiny model. On a cluster, with your own model in a
+folder that every node can read::
 
     python examples/ray_train.py --address auto --workers 16 --model FOLDER --storage s3://BUCKET/runs
 """
@@ -26,7 +26,7 @@ TOKENS = 64
 
 
 def build(folder: str | None) -> nn.Module:
-    """The model from its folder, or a tiny one; the same on every worker."""
+    """Load the model from its folder, or make a tiny one. It is the same on every worker."""
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
@@ -36,9 +36,9 @@ def build(folder: str | None) -> nn.Module:
 
 
 def work(options: dict[str, Any]) -> None:
-    """What each worker does."""
+    """Train the model in one worker, and report the losses. The first worker also reports the adapter."""
     model = lora_fx.rewrite(build(options["model"]), lora_fx.LoraConfig(r=8, lora_alpha=16))
-    wrapped = prepare_model(model)  # DistributedDataParallel, where there are several workers
+    wrapped = prepare_model(model)  # DistributedDataParallel, if there are several workers
     optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=1e-2)
     rank = train.get_context().get_world_rank()
     torch.manual_seed(rank)

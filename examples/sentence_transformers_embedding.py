@@ -1,6 +1,6 @@
-"""Sentence embeddings by contrast: a SentenceTransformer is rewritten, trained, saved and loaded again.
+"""Train sentence embeddings with a contrastive loss: rewrite, train, save and load a SentenceTransformer.
 
-As it stands the encoder is tiny and untrained. With a real one::
+By default the encoder is tiny and untrained. With your own::
 
     python examples/sentence_transformers_embedding.py --model FOLDER
 """
@@ -30,7 +30,7 @@ TOPICS = {
 
 
 def write_tiny(folder: Path) -> None:
-    """Saves an untrained encoder and a tokenizer of whole words."""
+    """Save an untrained encoder and a tokenizer of whole words."""
     about = [word for words in TOPICS.values() for word in words]
     words = ["[PAD]", "[UNK]", "a", "and", "the", *about]
     tokenizer = Tokenizer(
@@ -46,7 +46,7 @@ def write_tiny(folder: Path) -> None:
 
 
 def pairs(topics: list[str]) -> tuple[list[str], list[str]]:
-    """Two sentences about each topic."""
+    """Make two sentences about each topic. Return the first sentences and the second ones."""
     said = [random.sample(TOPICS[topic], 4) for topic in topics]
     return [f"a {w[0]} and the {w[1]}" for w in said], [f"the {w[2]} and a {w[3]}" for w in said]
 
@@ -87,7 +87,7 @@ def main() -> None:
         if found[-1] >= found[0]:
             raise SystemExit("the loss did not fall")
 
-        # The folder has the adapter and the name of the base: the library finds both.
+        # The folder has the adapter and the name of the base. The library loads both.
         model.save_pretrained(str(Path(folder, "out")))
         again = SentenceTransformer(str(Path(folder, "out")), device="cpu")
         first, second = pairs(list(TOPICS))

@@ -1,7 +1,7 @@
-"""Layers that are cut over processes: tensor parallelism, and FSDP2 over it, for a causal language model.
+"""Train adapters of a language model with tensor parallelism, and with FSDP2 in addition.
 
-As it stands the model is tiny and untrained; without torchrun there is one process. On two, and on eight, of
-which two hold a layer together::
+By default the model is tiny and untrained. Without torchrun there is one process. On two processes, and on
+eight processes of which pairs split each layer::
 
     torchrun --nproc-per-node 2 examples/tensor_parallel.py
     torchrun --nproc-per-node 8 examples/tensor_parallel.py --tp 2 --model FOLDER
@@ -30,7 +30,7 @@ import lora_fx
 
 TOKENS = 64
 BATCH = 8
-# How the layers of a block are cut: along their outputs, or along their inputs.
+# The layers of a block that are split along their outputs, and those that are split along their inputs.
 COLWISE = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -42,7 +42,7 @@ ROWWISE = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def build(folder: str | None) -> nn.Module:
-    """The model from its folder, or a tiny one; the same on every process."""
+    """Load the model from its folder, or make a tiny one. It is the same on every process."""
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def build(folder: str | None) -> nn.Module:
 
 
 def join() -> torch.device:
-    """Joins the group that torchrun has started, or one of this process alone."""
+    """Join the process group of torchrun, or a group of this process alone. Return its device."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -85,7 +85,7 @@ def main() -> None:
         raise SystemExit(f"--tp {together} does not go with {ranks} processes")
     mesh = init_device_mesh(device.type, (groups, together), mesh_dim_names=("fsdp", "tp"))
 
-    # Parallelize, rewrite, shard: the factors are cut as the weights are.
+    # Parallelize, then rewrite, then shard. The factors are then split like the weights.
     base = build(options.model).to(device)
     plan = {name: ColwiseParallel() for name in COLWISE}
     plan |= {name: RowwiseParallel() for name in ROWWISE}
@@ -101,7 +101,7 @@ def main() -> None:
     losses = []
     model.train()
     for step in range(options.steps):
-        # All draw the same batch; a group that holds the layers together takes its samples of it.
+        # All processes draw the same batch. The processes that split a layer take the same share of it.
         seeded = torch.Generator().manual_seed(step)
         starts = torch.randint(TOKENS, (BATCH, 1), generator=seeded)
         mine = starts.chunk(groups)[mesh.get_local_rank("fsdp")]
@@ -116,7 +116,7 @@ def main() -> None:
 
     factor = model.model.layers[0].mlp.down_proj.lora_A.default
     with TemporaryDirectory() as temporary:
-        # On every process, since it gathers; the folder of the first is kept.
+        # Every process must save, because saving gathers the parts. The folder of the first one is kept.
         keep = options.out if options.out and rank == 0 else temporary
         folder = Path(keep, "adapter")
         lora_fx.save_adapter(model, folder)

@@ -1,6 +1,6 @@
-"""A vision transformer of timm learns a new task: adapters in its blocks, and a new head.
+"""Train a vision transformer of timm on a new task: adapters in the blocks, and a new head.
 
-As it stands the model is tiny and untrained, and the images are made up. With weights of your own::
+By default the model is tiny and untrained, and the images are random. With your own weights::
 
     python examples/vit_timm.py --model FOLDER   # a folder with config.json and weights, as timm saves it
 """
@@ -20,7 +20,7 @@ CLASSES = 3
 
 
 def build(folder: str | None) -> nn.Module:
-    """The model from its folder, or a tiny one."""
+    """Load the model from its folder, or make a tiny one."""
     if folder is not None:
         return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=CLASSES)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -28,7 +28,7 @@ def build(folder: str | None) -> nn.Module:
 
 
 def draw(count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Noise with more of one color; the label says which."""
+    """Make images of noise in which one color is stronger. The label is the index of the color."""
     images, labels = torch.randn(count, 3, size, size), torch.randint(CLASSES, (count,))
     images[torch.arange(count), labels] += 0.5
     return images, labels
@@ -54,7 +54,7 @@ def main() -> None:
     images, labels = draw(options.batch, size)
     model = lora_fx.rewrite(base, config, (images[:2],))
     optimizer = torch.optim.AdamW(lora_fx.parameter_groups(model, lr=3e-3, weight_decay=0.01))
-    average = ModelEmaV3(model, decay=0.9)  # of what is trained; the rest is shared with nobody
+    average = ModelEmaV3(model, decay=0.9)  # a copy of the model, with averaged weights
 
     losses = []
     model.train()

@@ -1,7 +1,7 @@
-"""Contents of an adapter folder, ``inspect_adapter``: figures, and a heat map of layers and modules.
+"""Look into an adapter folder (``inspect_adapter``), and check if a runtime applies an adapter (``verify``).
 
 The singular values of an update ``ΔW = s · B A`` are computed from the factors. With the QR decompositions
-``B = Q R`` and ``Aᵀ = P S`` they are those of ``s · R Sᵀ``, a matrix of the rank's size.
+``B = Q R`` and ``Aᵀ = P S`` they are the singular values of ``s · R Sᵀ``, which is only [r, r].
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class SiteFigures:
     Attributes:
         name: FQN of the module, or of the parameter.
         rank: Rank of the factors.
-        scale: The configuration's s.
+        scale: The factor s of the update, from the configuration.
         shape: [out, in] of the update; kernels and groups count as inputs.
-        experts: Number of its matrices; 1 for a plain weight.
+        experts: Number of experts; 1 for a weight without experts.
         norm: ``‖ΔW‖``, Frobenius, over all experts.
         values: Singular values of all experts together, the largest first.
         effective_rank: ``exp(-Σ pᵢ ln pᵢ)`` with ``pᵢ = σᵢ / Σ σ`` (Roy and Vetterli 2007, EUSIPCO), the mean
@@ -278,10 +278,10 @@ def read_folder(
 
 
 def _name_in_plan(holder: str, config: LoraConfig) -> str:
-    """Return the plan's name of a site from the name under which its factors are stored.
+    """Return the name that a plan has for a site, from the name under which its factors are stored.
 
-    The factors of a bare parameter ``mix`` are stored under ``mix_lora`` or, as PEFT does, under the module
-    that has the parameter. The configuration lists the plan's names.
+    The factors of a bare parameter ``mix`` are stored under ``mix_lora``. PEFT stores them under the module
+    that has the parameter. The targets of the configuration are names of the plan.
     """
     modules = config.target_modules if isinstance(config.target_modules, tuple) else ()
     if holder.endswith("_lora") and (name := holder.removesuffix("_lora")) in modules:
@@ -295,7 +295,7 @@ def _name_in_plan(holder: str, config: LoraConfig) -> str:
 def figures_of(
     name: str, factors: Mapping[str, Tensor], config: LoraConfig, path: Path
 ) -> SiteFigures:
-    """Return the figures of one site from its factors, by letter.
+    """Return the figures of one site from its factors ``"A"`` and ``"B"``.
 
     Raises:
         CheckpointError: If the factors are not a pair.
@@ -327,7 +327,7 @@ def figures_of(
     if experts > 1:
         downs, ups = StackedDown(experts).decode(a), StackedUp(experts).decode(b)
     else:
-        # In PEFT, A reads all inputs, and each group of B reads its own ranks.
+        # In PEFT, A reads all inputs of a grouped convolution. Each group of B reads its share of the ranks.
         downs, ups = a[None], torch.block_diag(*b.chunk(groups))[None]  # type: ignore[no-untyped-call]
     each = [scale * singular_values(*pair) for pair in zip(downs, ups, strict=True)]
     values = torch.cat(each).sort(descending=True).values
@@ -347,7 +347,7 @@ def figures_of(
 
 
 def _whole_factors(name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors of the change, for a linear layer whose kind computes them from the stored ones."""
+    """Return A and B of the update. The kind of a linear layer may compute them from the stored factors."""
     if a.dim() != 2:
         return a, b
     out, inner = b.shape[0], a.shape[1]
@@ -358,7 +358,7 @@ def _whole_factors(name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple
 
 
 def _groups(a: Tensor, b: Tensor) -> int:
-    """Return the groups of a convolution: A has the ranks of all groups, B [out, rank of one group]."""
+    """Return the number of groups of a convolution. A has the ranks of all groups, B those of one group."""
     of_one = b.shape[1]
     several = a.dim() > 2 and of_one > 0 and len(a) > of_one and len(a) % of_one == 0
     return len(a) // of_one if several and len(b) % (len(a) // of_one) == 0 else 1
@@ -409,7 +409,7 @@ def heat_map(layers: list[str], modules: list[str], values: list[list[float | No
 
 
 # --- asking a model, a file or a server -----------------------------------------------------------
-# ``verify`` runs an adapter's canary inputs in a model, a file or a server.
+# ``verify`` runs the inputs that are stored in an adapter's receipt, in a model, a file or a server.
 
 
 _OR = {"adapter": "", "subject": ", an address or a model"}
@@ -430,15 +430,15 @@ def verify(
         subject: A model, an ``.onnx`` file, or the address of a server (``http://127.0.0.1:8000/v1``). A file
             that takes adapters gets this one. A server must speak OpenAI's protocol and report tokens by
             their ids, as vLLM does.
-        name: The server's name of the adapter.
-        base_name: The server's name of the base, by default the one that it reports, if any.
+        name: The name that the server has for the adapter.
+        base_name: The name that the server has for the base. By default the one that it reports, if any.
         provider: "cpu" or "cuda", for a file.
 
     Returns:
         The verdict, with the distances on which it is based.
 
     Raises:
-        CheckpointError: If the folder has no receipt, or one of another model.
+        CheckpointError: If the folder has no receipt, or the receipt is of another model.
         ConfigError: If the model or the server cannot run the inputs.
         ExportError, ProviderError: If the file cannot be run.
     """

@@ -107,7 +107,7 @@ class Mesh:
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the blocks of a model, which are sharded separately: children of its outermost module lists."""
+    """Yield the modules that are sharded separately: the children of the outermost module lists."""
     pending: list[nn.Module] = [model]
     while pending:
         for child in pending.pop().children():
@@ -133,7 +133,8 @@ def parallelize(model: nn.Module, devices: DeviceMesh) -> None:
     """Split a model of transformers over the ``tp`` dimension of a mesh in place, by its own plan.
 
     Raises:
-        ConfigError: If the mesh has no such dimension, the model has no plan, or its sizes do not divide.
+        ConfigError: If the mesh has no such dimension, the model has no plan, or the number of its heads is
+            not a multiple of ``tp``.
     """
     if "tp" not in (devices.mesh_dim_names or ()):
         raise ConfigError(f"the mesh {devices.mesh_dim_names} has no dimension 'tp'")
@@ -152,7 +153,7 @@ def parallelize(model: nn.Module, devices: DeviceMesh) -> None:
 
 
 def _plan_of(model: nn.Module) -> dict[str, str]:
-    """Return transformers' tensor-parallel plan: a style for each module and parameter in it."""
+    """Return the tensor-parallel plan of a model of transformers: a style for each module and parameter."""
     patterns = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
     if not isinstance(patterns, dict) or not patterns:
         raise ConfigError(
@@ -197,9 +198,9 @@ class Traffic:
     """Bytes that a GPU sends in one step, with ring collectives.
 
     Attributes:
-        gather: Weights that are gathered, in the forward and in the backward.
-        scatter: Gradients that are reduced and scattered.
-        reduce: Gradients that are reduced over copies of the model, and activations over parts of layers.
+        gather: Bytes to gather weights, in the forward and in the backward.
+        scatter: Bytes to reduce and scatter gradients.
+        reduce: Bytes to reduce gradients over copies of the model, and activations over parts of layers.
         calls: Number of collectives.
     """
 
@@ -219,17 +220,17 @@ class Need:
     """Memory of one GPU during a training step, in bytes.
 
     Attributes:
-        weights: Its shards of the frozen parameters, and the buffers.
-        adapters: Its shards of the trained parameters.
+        weights: The GPU's shards of the frozen parameters, and the buffers.
+        adapters: The GPU's shards of the trained parameters.
         gradients: Gradients of the trained parameters.
         optimizer: The optimizer's state for the trained parameters.
         activations: Tensors that the forward keeps for the backward, and its outputs.
-        gathered: Most bytes of sharded blocks that are gathered at once.
-        peak: Most bytes that are live at once, with temporaries of operations. It is below the sum if parts
-            are not live together.
+        gathered: Largest number of bytes of sharded blocks that are gathered at once.
+        peak: Largest number of bytes that are live at once, with temporaries of operations. It is below the
+            sum of the other values, if these are not live together.
         host: Bytes in the memory of the host: the inputs of blocks that ``memory="least"`` moves there. Each
             is sent twice in a step.
-        traffic: Bytes that it sends in a step.
+        traffic: Bytes that the GPU sends in a step.
     """
 
     weights: int
@@ -254,8 +255,8 @@ def step_inputs(
     """Make the arguments of a training step: tensors of the right shapes, on the meta device.
 
     Args:
-        model: A model. A model of transformers that takes ``input_ids`` gets ids, and labels if they are for
-            its loss. It gets no padding and no cache.
+        model: A model. A model of transformers that takes ``input_ids`` gets ids without padding and without
+            a cache. If it generates text, it also gets labels.
         example_inputs: For any other model, arguments of a call whose first axis is the batch.
         batch: Number of samples.
         sequence: Tokens of a sample.
@@ -290,7 +291,7 @@ class Settings:
     """Settings of a training step.
 
     Attributes:
-        dtype: Dtype of floating-point parameters and inputs; None keeps theirs.
+        dtype: Dtype of floating-point parameters and inputs; None keeps the dtype of each.
         checkpointing: True to compute blocks again in the backward, for a model with
             ``gradient_checkpointing_enable``.
         memory, loss: See :func:`lora_fx.rewrite`.
@@ -314,10 +315,11 @@ OPTIMIZERS = {
     "paged_adamw_8bit": 0.0,
     "sgd": 0.0,
 }
-"""State of each optimizer, in units of the trained parameters in fp32.
+"""Size of each optimizer's state, relative to the size of the trained parameters in fp32.
 
-AdamW of PyTorch has two tensors in the dtype of the parameters, and is counted as it runs. Optimizers of 8
-bits have a byte for each. The state of paged optimizers moves to the host when the memory is short.
+AdamW of PyTorch has two tensors in the dtype of the parameters, and is counted while it runs. An 8-bit
+optimizer has two bytes for each parameter. The state of a paged optimizer moves to the host if memory is
+short, so it counts as 0.
 """
 
 
@@ -336,8 +338,8 @@ def plan_step(
         model: Model on any device. Only names, shapes and dtypes are read, and it is not changed.
         config: Configuration of the adapter.
         mesh: The GPUs.
-        inputs: Keyword arguments of one call in a step of one GPU, or group of ``tp``. Tensors may be on any
-            device.
+        inputs: Keyword arguments of the call that one GPU, or group of ``tp``, makes in a step. Tensors may
+            be on any device.
         settings: Settings of the step.
         ledger: Ledger that counts; None makes one.
 
@@ -359,7 +361,7 @@ def plan_step(
             fakes = torch_private.fake_tensors().FakeTensorMode(allow_non_fake_inputs=True)
             around.enter_context(fakes)
         around.enter_context(_FlashAttention())
-        # What runs again in the backward runs outside of the mode for attention.
+        # Blocks that are recomputed in the backward run outside of this mode, so they enter it again.
         around.enter_context(blocks.recomputing_in(_FlashAttention))
         around.enter_context(offload.simulated(ledger.host_copy))
         _empty_all(rewritten, device, settings.dtype)
@@ -423,7 +425,7 @@ def run_step(
     optimizer: str = "adamw",
     ledger: Ledger | None = None,
 ) -> Need:
-    """Run two steps of a model and count the second, because the first allocates lasting state.
+    """Run two steps of a model and measure the second, because the first one allocates lasting state.
 
     Args:
         model: A rewritten model, sharded or not, with real or fake tensors.
@@ -525,9 +527,9 @@ def _empty(value: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
 
 
 class _FlashAttention(Listener):
-    """Listener that makes attention save what a flash kernel saves.
+    """Listener that makes attention save the same tensors as a flash kernel.
 
-    With fake tensors PyTorch would choose the kernel that saves every probability.
+    With fake tensors, PyTorch would choose a kernel that saves all attention probabilities.
     """
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -563,8 +565,8 @@ def _flash(
 def _flash_in_transformers() -> Iterator[None]:
     """Make transformers omit attention masks, as it does without padding, and use a flash kernel.
 
-    It looks at values to detect padding, and tensors without memory have none. Models whose attention has all
-    scores on a CPU (gpt-oss, with its sinks) have a flash kernel on a GPU, too.
+    transformers reads the mask's values to detect padding, and tensors without memory have no values. Some
+    models (gpt-oss, with its sinks) compute all attention scores on a CPU, but have a flash kernel on a GPU.
     """
     if "transformers" not in sys.modules:
         yield
@@ -620,7 +622,8 @@ def _fake_group(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        # PyTorch's caches hold meshes that equal those of the next group but name destroyed groups.
+        # PyTorch caches meshes. A cached mesh may equal a mesh of the next group, but it refers to destroyed
+        # groups.
         torch_private.forget_sharding()
 
 
@@ -676,19 +679,23 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._see(tensor)
 
     def begin(self, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Learn that ``"forward"``, ``"backward"`` or ``"optimizer"`` begins. Subclasses may need it."""
+        """Begin a phase: ``"forward"``, ``"backward"`` or ``"optimizer"``. Subclasses may override this."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(kind, _OUTER) for kind in types):
-            return NotImplemented  # it calls again with the tensors inside
+            return (
+                NotImplemented  # the tensor subclass runs the operation again on its inner tensors
+            )
         name, space = func.overloadpacket.__name__, func.namespace
         if space in ("c10d", "_c10d_functional"):
             self._look_again()
             self._count(name, args)
         result = func(*args, **kwargs)
         if name == "wait_tensor" and _key(result) != _key(args[0]):
-            return args[0]  # waiting for a fake tensor returns a second one
+            return args[
+                0
+            ]  # waiting for a fake tensor returns a second tensor, which would count twice
         if name == torch_private.LAZY_CLONE:
             return result  # it shares its memory until either tensor is written
         written = [leaf for leaf in pytree.tree_leaves((result, args, kwargs)) if _is_tensor(leaf)]
@@ -752,7 +759,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in (*_GATHERS, *_SCATTERS) and sizes[0]:
             kind, members = "gather" if name in _GATHERS else "scatter", _members(args)
             self.calls[kind] += 1
-            # Functional collectives get no output tensor.
+            # A functional collective has no output tensor among its arguments.
             whole = (
                 sizes[0] * (members if kind == "gather" else 1) if len(sizes) == 1 else sizes[-1]
             )
@@ -782,10 +789,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the tensors' storages, each counted once.
-
-    Of a sharded tensor only the local part counts.
-    """
+    """Return the bytes of the tensors' storages, each counted once. Only local parts of shards count."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
         for inside in tensors_inside(tensor):

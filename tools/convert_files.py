@@ -29,9 +29,10 @@ def convert_files(
     force: bool = False,
     progress: Progress = False,
 ) -> ExtractionReport:
-    """Make LoRA of an adapter of another method, and write it for PEFT.
+    """Convert an adapter of another method to LoRA, and write it for PEFT.
 
-    Like :func:`lora_fx.convert_adapter`. A model of transformers in a folder is read one weight at a time.
+    Same as :func:`lora_fx.convert_adapter`, but a model of transformers in a folder is read one weight at a
+    time.
 
     Args:
         path: The adapter: a folder of PEFT, or a file of LyCORIS, kohya or ComfyUI.

@@ -110,8 +110,8 @@ class Corpus:
 
     Attributes:
         libraries: The classes, in the order of their labels.
-        train, held_out: In a random but fixed order. No sentence is in both, not even with other
-            numbers or punctuation.
+        train, held_out: The sentences, in a random but fixed order. No sentence is in both parts, not even
+            with other numbers or punctuation.
     """
 
     libraries: tuple[str, ...]
@@ -147,7 +147,7 @@ def collect(
     for done, library in enumerate(libraries):
         if progress is not None:
             progress(done, len(libraries), library)
-        # Some more than needed, because sentences that another library also has are dropped.
+        # Read more sentences than needed, because those that another library also has are dropped.
         with _no_collection():
             sentences_of[library] = list(_walk(library, round((train + held_out) * 1.1) + 5, seed))
     ambiguous = _ambiguous(sentences_of)
@@ -155,7 +155,7 @@ def collect(
     for library, sentences in sentences_of.items():
         chosen[library] = [s for s in sentences if key(s.text) not in ambiguous]
         random.Random(seed).shuffle(chosen[library])
-    # Balanced for any versions of the libraries: as many sentences of each as the smallest has.
+    # All libraries get the same number of sentences, so the smallest library decides the number.
     share = min(1.0, min(map(len, chosen.values())) / (train + held_out))
     train, held_out = int(train * share), int(held_out * share)
     if not train or not held_out:
@@ -215,7 +215,7 @@ def _walk(library: str, wanted: int, seed: int) -> Iterator[Sentence]:
 def _no_collection() -> Iterator[None]:
     """Disable garbage collection.
 
-    Syntax trees are many objects without cycles, and the search for cycles doubles the time.
+    A syntax tree has many objects and no cycles, and the search for cycles doubles the time.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -237,7 +237,7 @@ def _root(package: str) -> Path:
 def _sentences(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # escapes in other people's strings
+            warnings.simplefilter("ignore")  # invalid escapes in the parsed files
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return  # a template, or a file for another Python version
@@ -309,7 +309,7 @@ class Batch:
 
     Attributes:
         inputs: ``input_ids`` and ``attention_mask``, ``[batch, length]``.
-        labels: Their classes, ``[batch]``.
+        labels: The class of each sentence, ``[batch]``.
     """
 
     inputs: dict[str, Tensor]
@@ -346,9 +346,10 @@ def batches(
 
     Args:
         ids: Token ids of each sentence.
-        labels: Their classes.
+        labels: The class of each sentence.
         size: Sentences in a batch.
-        shuffle: Shuffles sentences of similar lengths, and the batches.
+        shuffle: Random numbers to shuffle sentences of similar lengths, and the batches; None to shuffle
+            nothing.
     """
     noise = [shuffle.random() * 4 if shuffle else 0.0 for _ in ids]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]) + noise[i])
@@ -366,7 +367,7 @@ def logits(
     """Return a model's logits for all batches, concatenated.
 
     Args:
-        run: The model, a function of its inputs.
+        run: Function that calls the model with its inputs and returns the logits.
         parts: The batches.
         advance: Called with (done, total, "") before each batch.
     """
@@ -398,8 +399,8 @@ def fit_head(model: SentenceClassifier, parts: Sequence[Batch], steps: Iterator[
             next(steps, None)
     x = torch.cat(vectors)
     y = torch.cat([part.labels for part in parts])
-    # On one thread, because its pool and PyTorch's compete for few processors. Batches are sorted by
-    # length, so every third example is a representative sample.
+    # sklearn uses one thread, because its threads and those of PyTorch compete for few cores. The examples
+    # are sorted by length, so every third one is a representative sample.
     folds = PredefinedSplit([index % 3 for index in range(len(x))])
     with threadpool_limits(1):
         search = GridSearchCV(
@@ -442,7 +443,7 @@ class DemoSettings:
 
     @property
     def stages(self) -> int:
-        """The number of stages that a listener hears of."""
+        """The number of stages that the demo reports to its listener."""
         return 11 + self.compare
 
 
@@ -547,7 +548,7 @@ class Listener(Protocol):
 
 
 def claim_folder(folder: Path, *, force: bool = False) -> None:
-    """Create the folder, or reuse that of an earlier demo.
+    """Create the folder, or reuse the folder of an earlier demo.
 
     Raises:
         ConfigError: If the path is a file, or the folder has other files.
@@ -646,7 +647,7 @@ class _Demo:
         return model
 
     def _check_threads(self) -> None:
-        """Go on with one thread if several are slower now. The load of the machine changes."""
+        """Use one thread if several are slower. Called before slow stages, because the load changes."""
         advice = thread_advice()
         if advice:
             torch.set_num_threads(1)

@@ -1,6 +1,6 @@
 """Extract an adapter from the files of two models, one tensor at a time, without loading either.
 
-The model is built on the meta device, which gives names and shapes. Memory holds the adapter, and the tensors
+The model is built on the meta device to get names and shapes. Memory holds only the adapter, and the tensors
 and the decomposition of one weight.
 """
 
@@ -39,10 +39,10 @@ def extract_files(
     force: bool = False,
     progress: Progress = False,
 ) -> ExtractionReport:
-    """Make an adapter of a fully fine-tuned model of transformers, from folders, and write it for PEFT.
+    """Extract an adapter from a fully fine-tuned model of transformers, and write it for PEFT.
 
-    Like :func:`lora_fx.extract_adapter`, but without loading the models: memory holds the adapter and one
-    weight. A head that the base does not have is stored in full.
+    Same as :func:`lora_fx.extract_adapter`, but for models in folders, which are not loaded. Memory holds
+    only the adapter and one weight. A head that the base does not have is stored in full.
 
     Args:
         base: The folder of the model before it was tuned: ``config.json`` and safetensors.

@@ -1,7 +1,7 @@
-"""The longest context and the largest batch that fit on a card, by plans of real steps.
+"""Find the longest context and the largest batch that fit on a card, by planning some training steps.
 
-The peak of a step grows almost linearly with the number of tokens. So a few plans are enough: each one is of
-the length at which the line through the last two would meet the card.
+The peak of a step grows almost linearly with the number of tokens. So a few plans are enough: a line through
+two known plans predicts the length that would fill the card, and this length is planned next.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FRAGMENTS = 0.05
 _STEP = 256  # tokens
 _LONGEST = 1 << 22
 MOST_PLANS = 12
-"""Most plans for one setting: the first one, and those of the longest context and the largest batch."""
+"""Largest number of plans for one setting, to find the longest context and the largest batch."""
 
 _CLOSE, _AIM = 0.98, 0.99  # of the card
 
@@ -74,8 +74,8 @@ class Fit:
     Attributes:
         settings: The settings.
         context: Tokens of the longest sample that fits, in a batch of one; 0 if not even a short one does.
-        need: What a step of it needs; if none fits, what a short one needs.
-        batch: Number of samples of the given length that fit; 0 if not one does.
+        need: The need of a step with this sample; if none fits, the need of a step with a short sample.
+        batch: Number of samples of the requested length that fit in a batch; 0 if none does.
     """
 
     settings: Settings
@@ -95,7 +95,7 @@ def fits(
     host: float = math.inf,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Fit]:
-    """Yield what fits with each setting of the memory.
+    """Yield the longest context and the largest batch for each value of ``memory``.
 
     Args:
         model: A model of text on any device, which is not changed.
@@ -133,11 +133,11 @@ def fits(
 def _largest(
     need_of: Callable[[int], Need], rooms: tuple[float, float], step: int, limit: int
 ) -> tuple[int, Need]:
-    """Return the largest multiple of a step whose need fits, within a few plans, and that need.
+    """Return the largest size that fits, as a multiple of ``step``, and its need. Make only a few plans.
 
     Args:
-        need_of: Plans a step of a size.
-        rooms: Bytes of the card and of the host that a step may use.
+        need_of: Function that plans a training step of a size.
+        rooms: Bytes of the card and of the host that a training step may use.
         step: The smallest size.
         limit: The largest size.
     """
@@ -164,16 +164,16 @@ def _largest(
 
 
 def _next(shares: dict[int, float], best: int) -> int:
-    """Return the size at which a line through the best size and its nearest neighbor meets the room."""
+    """Return the size to plan next: where a line through the best size and its neighbor fills the room."""
     above = [count for count in shares if count > best]
     other = min(above) if above else max(count for count in shares if count < best)
     slope = (shares[other] - shares[best]) / (other - best)
-    # Short samples have a floor, so that the line may be too flat.
+    # Some memory does not depend on the length. For short samples, the line may thus be too flat.
     return min(int(best + (_AIM - shares[best]) / slope), 8 * best) if slope > 0 else 2 * best
 
 
 def stored_bytes(model: nn.Module, name: str) -> int:
-    """Return the bytes of the weights of a model on the meta device, in a format of a plan."""
+    """Return the bytes that the weights of a model on the meta device would take in a format."""
     from lora_fx.tools.planned_weights import quantized_without_values
 
     parameters = quantized_without_values(model, name).parameters()
@@ -181,7 +181,10 @@ def stored_bytes(model: nn.Module, name: str) -> int:
 
 
 def best_format(model: nn.Module, room: int, dtype: torch.dtype | None) -> str | None:
-    """Return the largest format in which the weights of a model would fit, of quantize if one does."""
+    """Return the format with the largest weights that would fit, or None.
+
+    The formats int8 and nf4 of ``quantize`` come first. If neither fits, try the formats of checkpoints.
+    """
     from lora_fx.tools.planned_weights import STORED
 
     empty = without_memory(model, dtype)

@@ -1,11 +1,11 @@
 """Merge an adapter into the files of a model, one tensor at a time, without loading the model.
 
-The model is built on the meta device, which gives names and shapes, and the adapter is loaded onto it. Each
-stored tensor is then folded as :func:`lora_fx.merge` folds it, or copied. Memory holds two tensors at most.
+The model is built on the meta device to get names and shapes, and the adapter is loaded onto it. Each stored
+tensor is then copied, or merged as by :func:`lora_fx.merge`. Memory holds two tensors at most.
 
-Files are written into a folder next to the result, ``.NAME.merging``. A receipt there lists the complete
-files, with digests of their sources. A merge that was killed continues from it. The result gets its name when
-all of it is written.
+Files are written into a folder next to the result, ``.NAME.merging``. A receipt in it lists the complete
+files, with digests of their sources. If a merge was killed, the next call reads the receipt and continues.
+The result gets its name when all files are written.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ _SLICE = 1 << 24
 """Numbers that are cast at a time."""
 
 _FORMAT = 1
-"""Number to raise if other files would be written for the same inputs."""
+"""Version of the written files. Increase it if the same inputs would give other files."""
 
 _RECEIPT = "receipt.json"
 _RESULT = "model"
 
 
 class WholeModelError(MergeError):
-    """The files do not have what a merge needs, and :func:`lora_fx.merge` can do it in memory.
+    """The files cannot be merged one by one, but :func:`lora_fx.merge` can merge the model in memory.
 
     Attributes:
         reason: The message without the remedy, for a caller that loads the model itself.
@@ -126,15 +126,15 @@ def merge_files(
 ) -> MergeReport:
     """Merge an adapter into a folder of transformers, without loading the model.
 
-    The tensors are, to the last bit, those of :func:`lora_fx.merge`. Memory holds a tensor and its merged
+    All bits of the tensors are the same as with :func:`lora_fx.merge`. Memory holds one tensor and the merged
     one. If the process is killed, the same call continues after the last complete file.
 
     Args:
         folder: A folder of transformers: ``config.json``, and safetensors in one file, or several files with
             an index. It is not changed.
         adapter: A folder of PEFT or lora_fx.
-        out: The folder to write. Its weights have the names and files of ``folder``. Settings and the files
-            of the tokenizer are copied.
+        out: The folder to write. It has the same files and names of weights as ``folder``. Settings and the
+            files of the tokenizer are copied.
         dtype: The dtype of all floating-point tensors of the result, each rounded once. By default, each
             tensor keeps its dtype.
         rounding: The way in which weights are rounded, as for :func:`lora_fx.merge`. There are no inputs
@@ -154,8 +154,8 @@ def merge_files(
             to another model.
         ConfigError: If a folder does not exist, or transformers cannot make the model.
         MergeError: If the model is quantized, the start of the adapter changed its weights, or ``folder``
-            lacks a merged tensor: then :func:`lora_fx.merge` does it in memory. If ``out`` exists, another
-            process writes it, or the disk has no room for it. If a merged weight overflows.
+            lacks a tensor to merge. :func:`lora_fx.merge` can then merge in memory. Also if ``out`` exists,
+            another process writes it, the disk has no room for it, or a merged weight overflows.
     """
     source, adapter = Path(folder).expanduser(), Path(adapter).expanduser()
     target = Path(out).expanduser().resolve()
@@ -192,7 +192,7 @@ def _tell_from(tell: Tell, start: int, total: int, done: int, name: str) -> None
 
 
 def _check_out(folder: Path, out: Path, *, force: bool) -> None:
-    """Raise if the result cannot get its name."""
+    """Raise if the result cannot be written under its name."""
     if out.exists() and not out.is_dir():
         raise MergeError(f"{out} is a file, and a model is a folder: give another name")
     if out.exists() and out.resolve() == folder.resolve():
@@ -223,10 +223,10 @@ class _Output:
     """A tensor of the result.
 
     Attributes:
-        name: Its name in the file.
+        name: The name of the tensor in the file.
         source: The name of the stored tensor that it comes from.
         change: FQN of the parameter whose change it gets; empty if it is copied.
-        head: Its shape and dtype.
+        head: The shape and dtype of the tensor.
     """
 
     name: str
@@ -269,7 +269,7 @@ class _Merge:
     def _give_dtypes(self) -> None:
         """Give the parameters and buffers the dtypes that they have in the files, and mark them as loaded.
 
-        A plan warns of a head that is not marked, because it would start at random.
+        Without the mark, a plan would warn that the head starts with random values.
         """
         heads = {
             name: head for stored in self._stored.heads.values() for name, head in stored.items()
@@ -286,7 +286,7 @@ class _Merge:
         yield from persistent_buffers(self._base).items()
 
     def _load(self) -> Changes:
-        """Load the adapter, and the biases that change."""
+        """Load the adapter, and the biases that it changes, and return the changes."""
         adapted = load_onto_empty(self._base, self._adapter, self._read)
         record = require_record(adapted, MergeError)
         for name in record.active:
@@ -325,7 +325,7 @@ class _Merge:
         )
 
     def _planned(self) -> dict[Path, list[_Output]]:
-        """Return the tensors of each file: the stored ones, and weights that are not tied any more."""
+        """Return the tensors of each file: the stored ones, and one for each weight that becomes untied."""
         changed, added = self._changes_by_source()
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors()}
         result: dict[Path, list[_Output]] = {}
@@ -348,9 +348,10 @@ class _Merge:
         return result
 
     def _changes_by_source(self) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]]]:
-        """Return the changes of stored tensors, and the tensors to add: each is a stored one with a change.
+        """Return the changes of stored tensors, and tensors to add to the files.
 
-        A tied weight is stored once. If its names have different changes, each needs a tensor.
+        A tied weight is stored once. If its names have different changes, each name needs a tensor. The added
+        tensors are listed by the stored tensor that they come from, as pairs of name and change.
         """
         changed, names = self._changed(), self._names
         absent = changed.keys() - {name for group in names for name in group}
@@ -373,7 +374,7 @@ class _Merge:
                 continue
             self.untied += tuple(name for name in group if name in self._changes.folds)
             tied, source = next(iter(stored.items()))
-            # Names that are still tied to each other get a tensor each: a loader may tie them otherwise.
+            # Names that stay tied to each other get a tensor each, because a loader may tie them to another.
             for name in (name for name in group if name not in stored):
                 if source != tied:
                     self._refuse(
@@ -383,7 +384,10 @@ class _Merge:
         return result, added
 
     def _parts_of(self, group: Sequence[str]) -> tuple[str, ...]:
-        """Return the stored tensors that a parameter without a tensor is made of, and note them."""
+        """Return the stored tensors that are parts of a parameter, and record them.
+
+        This is for a parameter that has no stored tensor itself.
+        """
         name = next((name for name in group if self._stored.parts(name)), None)
         if name is None or len(group) > 1:
             self._refuse(f"{self._folder} has no {group[0]}")
@@ -404,7 +408,10 @@ class _Merge:
         return list(names.values())
 
     def _changed(self) -> dict[str, str]:
-        """Return the parameters and buffers that change, each with the first name of that change."""
+        """Return the names of the parameters and buffers that change.
+
+        The value is the name of the change: equal for all names of a tied parameter that stay tied.
+        """
         changes = self._changes
         owners: dict[int, str] = {}
         result = {
@@ -426,8 +433,8 @@ class _Merge:
     def _header(self, file: Path) -> bytes:
         """Return the head of a file of the result, in the format of safetensors.
 
-        The library writes only files whose tensors are all in memory. The format: the length of the JSON as
-        a 64-bit number, the JSON, the tensors. See https://huggingface.co/docs/safetensors.
+        It is written here because the library needs all tensors of a file in memory. A file has the length of
+        the JSON as a 64-bit number, the JSON, and the tensors. See https://huggingface.co/docs/safetensors.
         """
         with safetensors.safe_open(file, "pt") as opened:
             entries: dict[str, Any] = {"__metadata__": opened.metadata() or {"format": "pt"}}
@@ -455,7 +462,7 @@ class _Merge:
 
         Args:
             file: The file of the model.
-            tell: Called with the number of tensors done, and a name, before each tensor.
+            tell: Called with the number of written tensors, and a name, before each tensor.
             path: The file to write.
         """
         rows: dict[str, MergedSite] = {}
@@ -473,9 +480,9 @@ class _Merge:
         return rows
 
     def _values(self, output: _Output, rows: dict[str, MergedSite]) -> torch.Tensor:
-        """Return a tensor of the result, and add the row of a folded weight to ``rows``.
+        """Return a tensor of the result. If it is a merged weight, add its row of the report to ``rows``.
 
-        A tensor that is not folded still has the dtype of the file.
+        Any other tensor still has the dtype of the file of the model.
         """
         whole = self._whole.get(output.source)
         if whole is None:
@@ -503,7 +510,7 @@ class _Merge:
         return merged
 
     def rows(self, rows: Mapping[str, MergedSite]) -> tuple[MergedSite, ...]:
-        """Return the rows of a report: weights that are still tied have the same numbers."""
+        """Return the rows of the report. Weights that are still tied get the same numbers."""
         return rows_of_report(self._changes.folds, self._changes.tied, rows)
 
     def settings(self) -> dict[str, str]:
@@ -598,7 +605,7 @@ class _Stage:
         Args:
             source: The folder of the model.
             target: The folder of the result.
-            key: The digest of the inputs and options. A receipt of others does not count.
+            key: The digest of the inputs and options. A receipt with another digest is ignored.
         """
         self._source, self._target = source, target
         self.folder = target.with_name(f".{target.name}.merging")
@@ -612,7 +619,7 @@ class _Stage:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Create the folder, or take over that of a call that was killed.
+        """Create the folder, or take over the folder of a call that was killed.
 
         Raises:
             MergeError: If another process writes it.
@@ -630,7 +637,7 @@ class _Stage:
                         path.unlink()
                 yield
         except MergeError:
-            # It would fail again, unlike an interruption or a full disk.
+            # This error would occur again, unlike an interruption or a full disk. So delete the files.
             shutil.rmtree(self.folder, ignore_errors=True)
             for parent in missing:
                 if parent.is_dir() and not any(parent.iterdir()):
@@ -651,7 +658,7 @@ class _Stage:
         """Raise if the disk has no room for a number of bytes.
 
         Raises:
-            OSError: The message has both sizes.
+            OSError: If there is no room. The message has both sizes.
         """
         free = shutil.disk_usage(self.folder).free
         if size > free:
@@ -687,7 +694,7 @@ class _Stage:
 
         Args:
             settings: Texts of files, by name.
-            rows: Returns the rows of the report, from those of all files.
+            rows: Function that returns the rows of the report, from the rows of all files.
             untied: Weights that are not tied any more.
         """
         for path in _companions(self._source):
@@ -740,7 +747,7 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def _row(values: Mapping[str, Any]) -> MergedSite:
-    # Rows are compared by the identity of their NaNs.
+    # Rows are compared as tuples, in which only the same NaN object equals itself.
     same: dict[str, Any] = {
         key: math.nan if value != value else value for key, value in values.items()
     }
@@ -765,7 +772,7 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _digest_of_inputs(folder: Path, adapter: Path, options: Sequence[object]) -> str:
-    """Return a digest of everything that a result depends on, but for the weights."""
+    """Return a digest of everything that a result depends on, except for the weights of the model."""
     files = [adapter] if adapter.is_file() else _matching(adapter, _OF_ADAPTERS)
     files += [*_companions(folder), *_matching(folder, (_INDEX,))]
     inputs = [_FORMAT, *options, [(path.name, _digest(path)) for path in files]]

@@ -1,11 +1,11 @@
-"""Loading of models by name, for the command line, which takes a name instead of a module.
+"""Load models by name, for the command line.
 
-``package.module:callable`` is called without arguments and returns a model, or a model and its
-example inputs. ``hf:FOLDER`` is a local folder of transformers, and ``hf:FOLDER/NAME.gguf`` a GGUF file of
-llama.cpp, whose weights are dequantized. ``timm:NAME`` and
-``torchvision:NAME`` are untrained models of those libraries. Nothing is downloaded.
+``package.module:callable`` is called without arguments and returns a model, or a model and its example
+inputs. ``hf:FOLDER`` is a local folder of transformers, and ``hf:FOLDER/NAME.gguf`` is a GGUF file of
+llama.cpp, whose weights are dequantized. ``timm:NAME`` and ``torchvision:NAME`` are untrained models of those
+libraries. Nothing is downloaded.
 
-Names are checked without importing PyTorch, so that a wrong one is reported at once.
+Names are checked without importing PyTorch, so that a wrong name is reported at once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _FILES = (".onnx", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".json
 
 
 def load_folder(folder: Path, *, weights: bool = True, adapter: Path | None = None) -> nn.Module:
-    """Load the architecture that ``config.json`` names, or else AutoModel's.
+    """Load a model of transformers: the class that ``config.json`` names, or else the class of AutoModel.
 
     Args:
         folder: Folder with ``config.json``, and weights. Or a GGUF file, whose configuration is in the file
@@ -125,7 +125,8 @@ def _configuration(transformers: Any, path: Path) -> tuple[Any, dict[str, Any]]:
     check_rope(path, open_gguf(path), config)
     source["gguf_file"] = path.name
     if hasattr(transformers, "GgufConfig"):
-        # On a GPU, transformers would keep the blocks of some models, and lora-fx does not train over them.
+        # On a GPU, transformers would keep the quantized weights of some models. lora-fx cannot train over
+        # them.
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return config, source
 
@@ -152,7 +153,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _download_command(name: str) -> str:
-    """Return how to get a model, if a name looks like one of the Hub; else an empty text."""
+    """Return a hint how to download a model, if its name looks like a name of the Hub; else an empty text."""
     if not _HUB_ID.fullmatch(name):
         return ""
     return (
@@ -182,16 +183,17 @@ _CLASSES_OF_TASK = {
 
 
 def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> Any:
-    """Return the class that an adapter was trained on: the one that it names, or that of its task.
+    """Return the class that an adapter was trained on, from its configuration.
 
-    None if it names no class of transformers, or no task that this model has.
+    The configuration names the class or a task. Return None if it names no class of transformers, and no task
+    for which this model has a class.
 
     Raises:
         CheckpointError: If that class is of another kind of model.
     """
     if adapter is None or not (adapter / CONFIG_NAME).is_file():
         return None
-    # The adapter may be of another method.
+    # The adapter may be of another method, so its configuration is not read as a LoraConfig.
     trained = read_json(current(adapter / CONFIG_NAME))
     named = trained.get("auto_mapping") or {}
     library = named.get("parent_library", "")
@@ -228,13 +230,13 @@ def _set_labels(
     labels: Mapping[int, str],
     adapter: Path,
 ) -> None:
-    """Set the number and the names of the labels to those of the head in an adapter's folder.
+    """Set the number and the names of the labels to those of a head that is stored with an adapter.
 
     Args:
         config: The configuration of the model, which is changed.
         architecture: The class of the model.
         stored: Shapes of the adapter's tensors by name.
-        labels: Class names in the adapter's folder; empty if it has none, because PEFT wrote it.
+        labels: Class names in the adapter's folder; empty if it has none, as in a folder that PEFT wrote.
         adapter: The folder.
     """
     import torch
@@ -248,7 +250,7 @@ def _set_labels(
     else:
         return
     if config.num_labels != shape[0]:
-        config.num_labels = shape[0]  # gives the labels made-up names
+        config.num_labels = shape[0]  # transformers then names the labels LABEL_0, LABEL_1, ...
     if len(labels) == shape[0]:
         config.id2label = dict(labels)
         config.label2id = {label: index for index, label in labels.items()}
@@ -256,7 +258,7 @@ def _set_labels(
         _warn_of_names(adapter, shape[0])
 
 
-@functools.cache  # a merge that has to load the model after all reads the adapter twice
+@functools.cache  # warn once: some merges read the adapter twice
 def _warn_of_names(adapter: Path, classes: int) -> None:
     _log.warning(
         "%s does not say what its %d classes are called: they are LABEL_0, LABEL_1 and so on. Set id2label "
@@ -268,7 +270,7 @@ def _warn_of_names(adapter: Path, classes: int) -> None:
 
 def _architecture(transformers: Any, config: Any, path: Path) -> Any:
     named = (getattr(transformers, name, None) for name in config.architectures or ())
-    # A GGUF file names no class of transformers. llama.cpp's models generate text.
+    # A GGUF file names no class of transformers. Use the class that generates text, as llama.cpp does.
     classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING if is_gguf(path) else {}
     return next(filter(None, named), None) or classes.get(type(config), transformers.AutoModel)
 
@@ -281,7 +283,7 @@ def _build(architecture: Any, config: Any) -> nn.Module:
 
 
 def _mark_loaded(model: Any, folder: Path) -> None:
-    """Mark the parameters of a checkpoint as transformers does, so that a plan can tell a new head.
+    """Mark the parameters of a checkpoint as transformers does, so that a plan can detect a new head.
 
     Only the head is checked, because parameters inside the base model may have other names in a file.
     """
@@ -327,8 +329,8 @@ class LoadedModel:
         model: The model in evaluation mode.
         example_inputs: Keyword or positional arguments of a call; None if they are unknown.
         folder: Folder from which a model of transformers was loaded.
-        weights: Folder with safetensors or GGUF file from which :func:`lora_fx.quantize` can read its weights
-            one at a time.
+        weights: Folder with safetensors, or GGUF file, from which :func:`lora_fx.quantize` can read the
+            weights one at a time.
     """
 
     name: str
@@ -362,11 +364,11 @@ class LoadedModel:
 
 
 def check_model_name(name: str) -> None:
-    """Raise for a name that cannot be that of a model, without importing PyTorch.
+    """Raise if a name cannot be the name of a model, without importing PyTorch.
 
     Raises:
         ConfigError: If the name has no known form, the folder is missing, or a library is not installed.
-        CheckpointError: If it names a GGUF file that is missing or no GGUF file, or gguf is not installed.
+        CheckpointError: If a GGUF file is missing or is not one, or the package gguf is missing.
     """
     scheme, colon, target = name.partition(":")
     path = Path(name).expanduser()
@@ -396,7 +398,7 @@ def check_model_name(name: str) -> None:
 
 
 def check_adapter_path(path: Path) -> None:
-    """Raise for a path that cannot be that of an adapter, without importing PyTorch.
+    """Raise if a path cannot be the path of an adapter, without importing PyTorch.
 
     Raises:
         ConfigError: If there is no such folder or file, or it is the folder of a model.
@@ -561,7 +563,7 @@ def _made(name: str, build: Callable[[], Any]) -> Any:
     import torch
 
     try:
-        torch.manual_seed(0)  # untrained weights, but the same ones each time
+        torch.manual_seed(0)  # the weights are untrained, but the same each time
         return build()
     except Exception as error:
         raise ConfigError(f"{name} cannot be made: {type(error).__name__}: {error}") from error

@@ -1,7 +1,7 @@
 """Quantized weights that have a size but no values, for the plan of a training step.
 
-A planned weight is decoded like a weight of the format: one dense matrix at a time. Its size is that of the
-format, as :meth:`lora_fx.formats.WeightFormat.bytes` says.
+In the plan, such a weight takes as many bytes as a weight of the format
+(:meth:`lora_fx.formats.WeightFormat.bytes`). It is decoded in the same way, one dense matrix at a time.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ STORED: Mapping[str, Size] = {
     "fp8": _fp8,
     "gptq": lambda shape: shape[0] * shape[1] // 2 + math.ceil(shape[0] * shape[1] / 128 * 2.5),
 }
-"""Formats that checkpoints have and :func:`lora_fx.quantize` does not make: size of a matrix [out, in].
+"""Sizes in bytes of a matrix [out, in] in formats of checkpoints that :func:`lora_fx.quantize` cannot write.
 
-MXFP4: a byte for 32 values of 4 bits. FP8: fp32 for 128 x 128 values. GPTQ and AWQ with 4 bits and groups of
-128: fp16 and 4 bits a group.
+Besides the values there are scales. MXFP4 has a byte for 32 values of 4 bits, FP8 has an fp32 number for
+128 x 128 values. GPTQ and AWQ, with 4 bits and groups of 128, have an fp16 number and 4 bits for each group.
 """
 
 
@@ -86,9 +86,9 @@ _format = _PlannedFormat()
 
 
 def quantized_without_values(model: nn.Module, name: str) -> nn.Module:
-    """Return a copy of a model on the meta device, with weights of the size that a format gives them.
+    """Return a copy of a model on the meta device, with weights that have the size of a format.
 
-    Layers and experts get such weights. Other operations keep dense weights.
+    Linear layers and experts get such weights. Other operations keep dense weights.
 
     Args:
         model: The model on the meta device.

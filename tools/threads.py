@@ -1,4 +1,4 @@
-"""Measurement of PyTorch's threads: several may be slower than one, on a busy or virtual machine."""
+"""Measure if PyTorch's threads are slower than one thread, as on a busy or virtual machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SLOWER = 1.2
 def slowdown() -> float:
     """Return the time of a training step with PyTorch's threads, relative to one thread; 1 if there is one.
 
-    The two take turns, for a fraction of a second. The number of threads is the same afterwards.
+    The two settings are measured in turns, for a fraction of a second. The number of threads is restored.
     """
     threads = torch.get_num_threads()
     if threads == 1:
@@ -33,8 +33,8 @@ def slowdown() -> float:
             seconds[number].append(time.perf_counter() - began)
     finally:
         torch.set_num_threads(threads)
-    # The first turn starts the threads.
-    # Sums, because a thread that waits for a core stalls only some of the steps.
+    # The first turn starts the threads, so it does not count. The sums are compared, and not the fastest
+    # steps, because a thread that waits for a core delays only some of the steps.
     return sum(seconds[threads][1:]) / sum(seconds[1][1:])
 
 

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _COLUMNS = 1500
-"""Number of groups of neighboring operations of which a page shows the one with the most live bytes."""
+"""Number of groups of neighboring operations. Of each group, a page shows the operation with most bytes."""
 
 _AROUND = 50
 """Number of operations on each side of the peak that a page shows one by one."""
@@ -70,11 +70,11 @@ class Allocation:
             storage. The name of the root is empty.
         operator: Operator that allocated the storage, such as ``aten.mm``; empty if it existed before.
         phase: ``"forward"``, ``"backward"`` or ``"optimizer"``; empty if the storage existed before.
-        shape: Shape of its first tensor.
-        dtype: Dtype of its first tensor.
+        shape: Shape of the first tensor in the storage.
+        dtype: Dtype of the first tensor in the storage.
         tensor: Name of a parameter, a gradient or a state; empty for other tensors.
-        purpose: Kind, if it is known. A storage of unknown kind is temporary.
-        size: Bytes now; 0 once it is freed.
+        purpose: Kind of the storage, or None if it is unknown. It then counts as temporary.
+        size: Current number of bytes; 0 once the storage is freed.
     """
 
     module: str
@@ -101,10 +101,10 @@ class Operation(NamedTuple):
     """An operation of the step.
 
     Attributes:
-        operator: Its name, such as ``aten.mm``.
+        operator: Name of the operator, such as ``aten.mm``.
         module: Name of the module whose forward or backward ran the operation.
         phase: ``"forward"``, ``"backward"`` or ``"optimizer"``.
-        live: Live bytes at its end.
+        live: Live bytes at the end of the operation.
     """
 
     operator: str
@@ -118,12 +118,12 @@ class Row:
     """Equal tensors at the peak, such as those of equal layers.
 
     Attributes:
-        module: Their module, or modules: ``layers.{0-31}.mlp``.
+        module: The module, or several modules as ``layers.{0-31}.mlp``.
         tensor: Name of the tensor, or the operator that computed it.
-        kind: Their kind.
-        phase: Phase that allocated them; empty for tensors that existed before the step.
-        shape: Their shape.
-        dtype: Their dtype.
+        kind: The kind of the tensors.
+        phase: Phase that allocated the tensors; empty if they existed before the step.
+        shape: The shape of each tensor.
+        dtype: The dtype of each tensor.
         size: Bytes of each tensor.
         count: Number of tensors.
     """
@@ -158,7 +158,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
         self._changes: list[tuple[int, Allocation, int]] = []
         self._names: dict[int, str] = {}
         self._stack: list[str] = []
-        # Module of the autograd nodes from a sequence number on, in order.
+        # The module of the autograd nodes from each sequence number on, in ascending order.
         self._numbers: list[int] = []
         self._modules: list[str] = []
         self._phase = self._operator = self._module = ""
@@ -181,7 +181,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def _follow_calls(self) -> Iterator[None]:
-        """Know the module that runs. A global hook would make lora-fx keep other activations."""
+        """Track which module runs. A global module hook would make lora-fx keep other activations."""
         call: Callable[..., Any] = nn.Module.__call__
 
         def followed_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -229,7 +229,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
         return torch_private.in_backward() and (bool(self._stack) or torch.is_grad_enabled())
 
     def begin(self, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Learn that ``"forward"``, ``"backward"`` or ``"optimizer"`` begins. A forward begins a new step."""
+        """Begin a phase: ``"forward"``, ``"backward"`` or ``"optimizer"``. A forward begins a new step."""
         self._look_again()
         self._phase = phase
         if phase == "forward":
@@ -300,7 +300,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
         return result
 
     def _follow_recomputation(self) -> None:
-        """Assign a kind to the storages that have outlived a recomputed forward, once it has ended."""
+        """When a recomputed forward has ended, assign a kind to the storages from it that are still live."""
         if self._is_recomputing():
             if self._recomputed is None:
                 self._recomputed = len(self._changes)
@@ -337,7 +337,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
         if not self._phase:
             return Allocation("", "", "", shape, dtype)
         if any(tensor is leaf for leaf in pytree.tree_leaves(self._arguments)):
-            # No operation has computed it.
+            # The tensor is an argument, so no operation has computed it.
             return Allocation(self._module, "", "", shape, dtype, purpose=Kind.CONSTANTS)
         return Allocation(self._module, self._operator, self._phase, shape, dtype)
 
@@ -389,7 +389,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
         return rows
 
     def _changes_before(self, columns: Sequence[int]) -> Iterator[list[tuple[Allocation, int]]]:
-        """Yield the changes between each of the operations and the preceding one."""
+        """Yield the changes of storages up to each column, from the preceding column or from the start."""
         changes, position = list(self._before), 0
         for column in columns:
             while position < len(self._changes) and self._changes[position][0] <= column:
@@ -399,7 +399,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
             changes = []
 
     def part_of(self, entry: Allocation) -> str:
-        """Return the part of the model that a storage belongs to; a container is its own part."""
+        """Return the part of the model that a storage belongs to, or else the name of its module."""
         name = entry.module
         while name and name not in self.parts:
             name = name.rpartition(".")[0]
@@ -451,7 +451,7 @@ def _parts(module: nn.Module, name: str = "") -> Iterator[str]:
 
 
 def _computes(func: Any, result: Any) -> bool:
-    """Return False for an operator like ``prim.device``, which only answers a question."""
+    """Return False for an operator like ``prim.device``, which neither returns nor changes a tensor."""
     tensors = (isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
     return any(tensors) or bool(torch_private.schema_of(func).is_mutable)
 
@@ -466,7 +466,7 @@ def _key(tensor: Tensor) -> int:
 def document_of(timeline: Timeline, facts: Mapping[str, str]) -> dict[str, Any]:
     """Return the data of a page.
 
-    Bands are lists of ``column, bytes, column, bytes, ...``: a value holds until the next column.
+    A band is a list of ``column, bytes, column, bytes, ...``. A value holds until the next column.
 
     Args:
         timeline: A recorded step.

@@ -1,4 +1,4 @@
-"""A count of what makes code and documentation hard to read, for ``make lint``.
+"""Count names, docstrings and sentences that make code and documentation hard to read, for ``make lint``.
 
 It counts variables with names that say nothing, docstrings that begin with a clause, long sentences and
 phrases that no native speaker would use. ``python -m lora_fx.tools.words --list PATH`` shows where they are.
@@ -47,11 +47,11 @@ KINDS: Final[Mapping[str, str]] = {
 
 
 class Finding(NamedTuple):
-    """One place that is hard to read.
+    """A passage that is hard to read.
 
     Attributes:
         kind: A key of :data:`KINDS`.
-        where: File and line.
+        where: File and line of the passage.
         text: The name, or the beginning of the sentence.
     """
 

@@ -1,4 +1,4 @@
-"""An encoder and a decoder: T5, whose names PEFT knows by the kind of model."""
+"""Adapters in T5, an encoder-decoder: train in a plain loop, and generate."""
 
 import torch
 from transformers import T5Config, T5ForConditionalGeneration

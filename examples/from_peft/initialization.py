@@ -1,4 +1,4 @@
-"""Other starts of the factors, DoRA, and ranks of their own for some layers."""
+"""Other initializations of the factors, DoRA, and separate ranks for some layers."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

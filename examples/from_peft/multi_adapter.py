@@ -1,4 +1,4 @@
-"""Several adapters in one model: chosen, combined, and one for each row of a batch."""
+"""Several adapters in one model: activate some, combine them, or use one for each row of a batch."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

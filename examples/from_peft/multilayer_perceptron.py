@@ -1,4 +1,4 @@
-"""A model that no library knows: adapters on two layers, and a head that is trained in full."""
+"""A custom model, from no library: adapters on two layers, and a head that is trained in full."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A sentence classifier in a plain loop; the folder says how its scores come about."""
+"""A sentence classifier, trained in a plain loop. The saved folder names the task and the base model."""
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification

@@ -1,9 +1,9 @@
 """Pass that gives every planned site its factors: parameters next to the weight that they adapt.
 
-The model of the capture is the pipeline's own copy. The names of its base parameters do not change. Some
-initializations (:mod:`lora_fx.passes.insert.starts`) change the base. Then the site gets a new
-weight parameter, and the user's model is not changed.
-Tied weights elsewhere keep the old parameter.
+The model of the capture is a copy that belongs to the pipeline. The names of its base parameters do not
+change. Some initializations (:mod:`lora_fx.passes.insert.starts`) change the base weight. The site then gets
+a new weight parameter, so that the user's model is not changed. Modules that are tied to this weight keep
+the old parameter.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class AddFactors(Pass):
     def _add_factors(self, model: nn.Module, row: PlannedSite, config: LoraConfig) -> None:
         kind, start = kind_of(row), config.init_lora_weights
         if kind.low_rank:
-            # The changes of the parts of one weight add up: each part starts from the weight left by the
-            # one before.
+            # If several sites are parts of one weight, each of them starts from the weight that the
+            # site before it has left.
             reads = changes_base(start) and not needs_data(start)
             reads = reads or kind.new_base or (kind.starts_from_weight and not self.loaded)
             weight = (
@@ -155,13 +155,13 @@ def slot_start(
     pair: tuple[torch.Tensor, torch.Tensor] | None,
     config: LoraConfig,
 ) -> torch.Tensor:
-    """Return the initial value of a slot of the site's kind, as it is stored.
+    """Return the initial value of a slot, in the shape and dtype in which it is stored.
 
     Args:
         row: The site.
-        slot: The tensor besides the factors.
-        weight: Its weight.
-        pair: Its A and B as they are stored, or None without factors.
+        slot: The slot: a tensor that the site's kind has besides A and B.
+        weight: The weight of the site.
+        pair: A and B of the site as they are stored; None for a kind without them.
         config: The configuration.
     """
     dtype = adapter_dtype(weight)
@@ -174,14 +174,14 @@ def slot_start(
 
 
 _START_A: Final = "lora_A_start"
-"""Name of the module with the initial A, if that was subtracted from the base. Saving needs it."""
+"""Name of the module with the initial A, if ``s·BA`` was subtracted from the base. Saving needs it."""
 
 _START_B: Final = "lora_B_start"
-"""Name of the module with the initial B, likewise."""
+"""Name of the module with the initial B, in the same case."""
 
 
 def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) -> None:
-    """Set the factors of a site to a start, replacing the adapter's former factors if it has any."""
+    """Set the factors of a site to their initial values. Former factors of the adapter are replaced."""
     names = factor_names(row)
     start = _where_the_weight_is(model, row, start)
     fixed = kind_of(row).frozen
@@ -220,7 +220,10 @@ def _where_the_weight_is(model: nn.Module, row: PlannedSite, start: Start) -> St
 
 
 def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraConfig) -> None:
-    """Set the slots of the kind, its tensors besides the factors. A tied site has its own slots."""
+    """Set the slots of a site (the tensors besides A and B) to their initial values.
+
+    A tied site shares A and B with another site, but not the slots.
+    """
     kind, names = kind_of(row), factor_names(row)
     if not names.slots:
         return
@@ -250,7 +253,11 @@ def _put(
     *,
     trained: bool = True,
 ) -> None:
-    """Set a parameter, frozen if it is not trained or the former one was (that of an inactive adapter is)."""
+    """Set a parameter of an adapter at a site.
+
+    It is frozen if `trained` is False, or if the parameter that it replaces was frozen. The parameters of an
+    inactive adapter are frozen.
+    """
     factors = _factors_module(model, site, name)
     former = factors._parameters.get(adapter)
     trained = trained and (former is None or former.requires_grad)
@@ -286,7 +293,7 @@ def computed_starts(
 def start_factors(
     model: nn.Module, row: PlannedSite, adapter: str
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return the A and B that were subtracted from the base, or None."""
+    """Return the initial A and B whose product was subtracted from the base, or None if none was."""
     holder = model.get_submodule(row.site.holder)
     kept = holder._modules.get(_START_A)
     if kept is None or adapter not in kept._parameters:

@@ -2,7 +2,7 @@
 
 The adapter kind may add or replace nodes between A, B and the sum.
 
-If an operation has a branch of another adapter already, the new branch is added to their sum.
+If an operation already has the branch of another adapter, the new branch is added to the sum of the two.
 
 Graphs are copied before they are edited. The factors that a branch reads exist already
 (:mod:`lora_fx.passes.insert.add_factors`), so the model itself is not changed.
@@ -65,15 +65,15 @@ class _Wiring:
         call: The call that applies its weight.
         a, b: Names of the factors; empty for a kind without factors.
         kind: Name of the adapter kind.
-        options: Its options; None if it has none.
-        slots: Its other tensors: their slot names, and their names in the region.
-        scale: The factor of the branch.
+        options: Options of the adapter kind; None if it has none.
+        slots: The tensors of the kind besides A and B: pairs of slot name and name in the region.
+        scale: The number by which the result of the branch is multiplied.
         dropout: The module with the dropout probability and the training mode; empty for none.
         cast: True to cast the factors to the base output's dtype, or bring them to its layout.
         in_parts: True if the weight is sharded over processes.
         transposed: True if the factors are stored transposed.
-        padding: Numbers of output features of the base operation before and after those of the
-            branch; None if it has them all.
+        padding: Numbers of output features of the base operation before and after the features of the
+            branch; None if the branch has all features.
         deploy: The storage that the adapted weight is trained for; None for no rounding.
         reads: Other adapters that the kind reads: their names, the names of their factors, their scales.
     """
@@ -140,7 +140,7 @@ class Branch(Writer):
         wiring: _Wiring,
         items: dict[str, fx.Node] | None = None,
     ) -> None:
-        # The total is the operation with all branches added so far, which the other nodes read.
+        # The total is the sum of the operation and its branches so far. The rest of the graph reads it.
         self.base, self.total = base, [base, *sums_on(base)][-1]
         super().__init__(graph, self.total, tag)
         self._wiring = wiring
@@ -164,7 +164,7 @@ class Branch(Writer):
 
     @property
     def b(self) -> fx.Node:
-        """Return B, in the form that the kind needs."""
+        """Return B as the adapter kind writes it for the product, in the dtype of the branch."""
         return self.once("b", lambda: self._kind.factor_b(self))
 
     @property
@@ -203,8 +203,8 @@ class Branch(Writer):
     def item(self, letter: str, index: int) -> fx.Node:
         """Return one expert's matrix of a factor.
 
-        All branches of a graph use one ``unbind``. Separate selections would each have a gradient as large
-        as the whole factor, one for each expert.
+        All branches of a graph use one ``unbind``. If each expert indexed the factor instead, the gradient of
+        each index operation would be as large as the whole factor.
         """
         name = self._names[letter]
         if name not in self._items:
@@ -213,7 +213,10 @@ class Branch(Writer):
         return self.call(Role.FACTOR, operator.getitem, self._items[name], index)
 
     def dropped(self, x: fx.Node) -> fx.Node:
-        """Return ``x`` after the dropout, whose settings are read at each call, or ``x`` itself."""
+        """Return ``x`` after dropout, or ``x`` itself if the site has none.
+
+        The graph reads the dropout probability and the training mode at each call.
+        """
         dropout = self._wiring.dropout
         if not dropout:
             return x
@@ -236,7 +239,10 @@ class Branch(Writer):
         rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
         less: Mapping[str, Any] | None = None,
     ) -> None:
-        """Note the function that computes the operation with its branch."""
+        """Record the function that can replace the operation and its branch.
+
+        See :class:`lora_fx.ir.FusedBranch` for the arguments. A branch without :meth:`low_rank` has none.
+        """
         if not self._low_rank:
             return
         self._fused = FusedBranch(
@@ -266,7 +272,7 @@ class Branch(Writer):
         return total
 
     def factor(self, letter: str) -> fx.Node:
-        """Return a factor in its own dtype, in the form that the pattern reads."""
+        """Return a factor as the pattern reads it, in the dtype in which it is stored."""
         return self.once(f"factor {letter}", lambda: self._new_factor(letter))
 
     def _new_factor(self, letter: str) -> fx.Node:
@@ -299,7 +305,10 @@ class Branch(Writer):
         return self.call(Role.CAST, parts.slot_beside, slot, a, self.base)
 
     def spread_slot(self, name: str, outside: float) -> fx.Node:
-        """Return a slot that broadcasts over the output. For a part, other features get `outside`."""
+        """Return a slot, reshaped to broadcast over the output.
+
+        If the site is a part of a weight, the output features of the other parts get the value `outside`.
+        """
         vector, padding = self.cast_slot(name), self.padding
         if padding is not None:
             vector = self.call(Role.PAD, F.pad, vector, padding, "constant", outside)
@@ -347,13 +356,13 @@ class Branch(Writer):
         )
 
     def of_call(self, target: Any, *args: Any) -> fx.Node:
-        """Return a node of the whole call. Without a tag it is no part of the branch."""
+        """Write a node that serves the whole call. It has no tag, so it is not part of the branch."""
         node = self.call(Role.ROWS, target, *args)
         del node.meta[META_KEY]
         return node
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
-        """Return the node of a key, which ``make`` writes the first time."""
+        """Return the node of a key. The first call for a key writes the node with ``make``."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
@@ -523,7 +532,7 @@ def _missing(
 ) -> dict[str, list[tuple[PlannedSite, int]]]:
     """Return the rows and call indices to insert, by region.
 
-    Calls in regions removed since are skipped, and those in graphs that have the adapter's branch already.
+    A call is skipped if its region no longer exists, or if its graph already has the adapter's branch.
     """
     result: dict[str, list[tuple[PlannedSite, int]]] = defaultdict(list)
     tags: dict[str, set[Tag | None]] = {}
@@ -543,8 +552,8 @@ def _missing(
 # --- observers ------------------------------------------------------------------------------------
 # Shows the inputs of sites: a node before each operation passes its input to a function.
 #
-# A site need not have a module: it may be a functional call, or rows of a weight. A hook would not
-# see it, but a node in the graph does.
+# A site may be a functional call or some rows of a weight, so it need not have a module. A module hook
+# would miss it. A node in the graph does not.
 
 
 See = Callable[[PlannedSite, torch.Tensor], None]
@@ -556,7 +565,7 @@ def observed(capture: Capture, rows: Iterable[PlannedSite], see: See) -> Iterato
 
     Args:
         capture: A captured model, which is not changed.
-        rows: The sites: products of vectors with a matrix.
+        rows: The sites. Each must be a product of vectors with a matrix.
         see: Called whenever a site runs.
     """
     work: dict[str, list[tuple[PlannedSite, Call]]] = defaultdict(list)

@@ -1,10 +1,12 @@
 """Pass that restricts each adapter's branch to the rows of its samples, for batches of several adapters.
 
-It runs after the branches are inserted. It selects those rows of each activation that a branch reads, and
-adds the result of the branch to them. The computation of the branch itself stays as the pattern wrote it.
+It runs after the branches are inserted. A branch then reads only the rows of its adapter's samples, and its
+result is added to the same rows of the output. The computation of the branch itself stays as the pattern
+wrote it.
 
 The rows of experts are tokens, in an order that a router decides. Each row belongs to the sample of its
-token. The gather of an expert's rows is in the same graph, and its index tells the token of each row.
+token. The operation that gathers the rows of an expert is in the same graph. Its index says which token each
+row is.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class SelectRows(GraphPass):
         graph = copy_graph(region.graph)
         work = _Work(region.with_graph(graph), self.experts)
         tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
-        # A separate loop, because dropout comes before the factors are read.
+        # A separate loop, because the dropout nodes come before the nodes that read the factors.
         for node, tag in tagged:
             work.note(node, tag)
         for node, tag in tagged:
@@ -90,10 +92,10 @@ class _Axes(NamedTuple):
     """Axes of the rows in the input and the output of an operation.
 
     Attributes:
-        source, result: The axis in the input and the output. :data:`lora_fx.runtime.rows.samples.COLUMNS` for
-            a weight on the left.
+        source, result: The axis in the input and the output. :data:`lora_fx.runtime.rows.samples.COLUMNS` if
+            the weight is the left operand.
         least: Smallest number of dimensions of the input; 0 for no minimum.
-        base: The operation.
+        base: The operation, if it is known.
     """
 
     source: int = 0
@@ -109,7 +111,7 @@ def _axes(node: fx.Node, region: Region) -> _Axes:
     """Return the axes of an operation's rows.
 
     Raises:
-        ConfigError: If it is an einsum without an axis for them.
+        ConfigError: If the operation is an einsum without an axis for the rows.
     """
     product = product_of(node, region)
     if isinstance(product, Product):
@@ -130,8 +132,8 @@ class _Gather(NamedTuple):
 
     Attributes:
         hidden: The tokens.
-        function, args: Function that computes the token of each row, and its arguments. If it is None, the
-            only argument is the tokens.
+        function, args: Function that computes the token of each row, and its arguments. If the function is
+            None, the only argument is a node that has the token of each row.
     """
 
     hidden: fx.Node
@@ -178,7 +180,10 @@ def _gather_behind(node: fx.Node) -> _Gather | None:
 
 
 def _gather_of(node: fx.Node) -> _Gather | None:
-    """Return the gather of a node of a branch. A factor has that of its product, which reads it."""
+    """Return the gather that decides the rows of a node of a branch.
+
+    A factor has no gather behind it, so it gets the gather of the product that reads it.
+    """
     gather = _gather_behind(node)
     users = () if gather is not None else node.users
     return next(
@@ -198,7 +203,10 @@ class _Work:
         self._axes = self._axes_of_branches()
 
     def _axes_of_branches(self) -> dict[fx.Node, _Axes]:
-        """Return the axes of the rows for each node of a branch, from the operation that it is added to."""
+        """Return the axes of the rows for each node of a branch.
+
+        The operation that the branch is added to decides them.
+        """
         axes: dict[fx.Node, _Axes] = {}
         ahead: dict[tuple[str, str], _Axes] = {}
         for node in reversed(self._region.graph.nodes):
@@ -214,7 +222,7 @@ class _Work:
         return axes
 
     def note(self, node: fx.Node, tag: Tag) -> None:
-        """Note the module that holds the factors of a branch, and its rows."""
+        """Record which module holds the factors and the rows of a branch."""
         if tag.role is Role.FACTOR and node.op == "get_attr":
             holder = str(node.target).rpartition(".")[0].rpartition(".")[0]
             self._holders.setdefault((tag.weight, tag.adapter), holder)
@@ -225,7 +233,7 @@ class _Work:
         Args:
             node: The node.
             tag: Its tag.
-            results: True if it reads the operation's output, and not its input.
+            results: True if the node reads the operation's output, and not its input.
         """
         if self._of_experts(tag):
             self._select_of_experts(node, tag)
@@ -237,7 +245,7 @@ class _Work:
                 return read
             if read.target is output_padding:
                 return read  # the same for all samples
-            # A node that spreads a vector over the output features reads both input and output.
+            # A node that spreads a vector over the output features reads the output as well.
             axes = _Axes(own.result) if results or read is own.base else own
             key = ("select", read, axes.source, axes.least, tag)
             return self._call(key, node, tag, select_rows, read, axes=axes)
@@ -246,7 +254,10 @@ class _Work:
         node.kwargs = fx.map_arg(node.kwargs, cut)
 
     def add(self, node: fx.Node, tag: Tag) -> None:
-        """Add a branch to the adapter's rows of the sum, or replace them by the result of a variant."""
+        """Add the result of a branch to the adapter's rows of the output.
+
+        If the kind does not simply add its branch, write the rows that it computes into the output.
+        """
         total = node.args[0]
         if self._of_experts(tag):
             rows = self._rows_of_experts(node.args[1], tag)  # type: ignore[arg-type]
@@ -296,7 +307,10 @@ class _Work:
         node.kwargs = fx.map_arg(node.kwargs, cut)
 
     def _rows_of_experts(self, node: fx.Node, tag: Tag) -> fx.Node:
-        """Return the node of an adapter's rows among those of the experts, one node for each gather."""
+        """Return the node with the adapter's rows among the rows of the experts.
+
+        All branches of an adapter that read the same gather share this node.
+        """
         gather = _gather_of(node)
         if gather is None:
             raise ConfigError(

@@ -51,7 +51,7 @@ __all__ = [
 
 
 def with_seed(config: LoraConfig) -> LoraConfig:
-    """Give a configuration without a seed one from PyTorch's global generator.
+    """Return a configuration with a seed. If it has none, draw one from PyTorch's global generator.
 
     All processes of a group get the seed of the first one, so that they have the same factors. This holds
     even if their generators are seeded differently. The other processes wait for the first one.
@@ -69,7 +69,7 @@ _drawn = itertools.count()
 
 
 def _of_first_process(seed: int) -> int:
-    """Return the seed that rank 0 of the default group has drawn, at the same number of draws."""
+    """Return the seed of rank 0 of the default group. The n-th call of a rank gets the n-th seed."""
     # The other processes of a "fake" group do not exist.
     if torch.distributed.get_world_size() == 1 or torch.distributed.get_backend() == "fake":
         return seed
@@ -95,9 +95,10 @@ def site_generator(name: str, config: LoraConfig) -> torch.Generator:
 def plain(
     site: Site, shapes: Factors, start: bool | str, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B. True: A uniform, B zero. ``"gaussian"``: A normal, B zero. False: both random.
+    """Return A and B for an initialization that does not read the weight.
 
-    For an embedding, A is zero instead of B, because A is looked up.
+    True: A uniform, B zero. ``"gaussian"``: A normal, B zero. False: both random. For an embedding, A is zero
+    instead of B, because A is looked up.
     """
     a, b = shapes.a, shapes.b
 
@@ -144,14 +145,17 @@ def pissa(
     iterations: int | None,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A [n, r, in] and B [n, out, r] from matrices [n, out, in].
+    """Return the factors of PiSSA (Meng et al. 2024, arXiv:2404.02948): the largest singular triples.
 
     Args:
-        matrices: The weight.
+        matrices: The weight, [n, out, in].
         rank: Rank of the factors.
         scale: The scale of the branch.
-        iterations: For the fast decomposition, which is approximate; None for the exact one.
-        generator: Random numbers for the projection of the fast decomposition.
+        iterations: Number of subspace iterations of the approximate decomposition; None for the exact one.
+        generator: Random numbers for the projection of the approximate decomposition.
+
+    Returns:
+        A [n, r, in] and B [n, out, r].
     """
     if iterations is None:
         u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
@@ -162,7 +166,15 @@ def pissa(
 
 
 def olora(matrices: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A [n, r, in] and B [n, out, r] from matrices [n, out, in]."""
+    """Return the factors of OLoRA (Büyükakyüz 2024, arXiv:2406.01775): the QR decomposition, cut off.
+
+    Args:
+        matrices: The weight, [n, out, in].
+        rank: Rank of the factors.
+
+    Returns:
+        A [n, r, in] and B [n, out, r].
+    """
     q, r = torch.linalg.qr(matrices)
     return r[:, :rank], q[:, :, :rank]
 
@@ -170,7 +182,7 @@ def olora(matrices: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
 def signs(directions: torch.Tensor) -> torch.Tensor:
     """Return signs that make the largest entry of each direction positive.
 
-    A decomposition does not determine the sign.
+    A singular value decomposition does not determine the signs of its vectors.
 
     Args:
         directions: [..., in].
@@ -191,13 +203,18 @@ _TAIL: Final = (
 def loftq(
     row: PlannedSite, weight: torch.Tensor, bits: int, iterations: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return A [n, r, in], B [n, out, r], and the changed weight.
+    """Return the factors of LoftQ (Li et al. 2023, arXiv:2310.08659), and the quantized weight.
+
+    Each step quantizes ``W - BA`` and decomposes the error of the quantized weight.
 
     Args:
         row: The site.
         weight: The whole weight. Parts outside the site do not change.
         bits: 2, 4 or 8.
-        iterations: Number of times that both steps are done.
+        iterations: Number of steps.
+
+    Returns:
+        A [n, r, in], B [n, out, r], and the whole weight with the quantized values of the site.
     """
     site = row.site
     exact = wide(part_of(site, weight.detach())).clone()
@@ -214,7 +231,7 @@ def loftq(
 
 
 def quantized(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Quantize and dequantize a weight. Shape and dtype stay."""
+    """Quantize and dequantize a weight, and return it in the same shape and dtype."""
     quantize: Callable[[torch.Tensor], torch.Tensor] = (
         _whole_numbers if bits == 8 else lambda tensor: _normal_floats(tensor, bits)
     )
@@ -311,8 +328,9 @@ def lora_ga(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the factors of LoRA-GA (Wang et al. 2024, arXiv:2407.05000).
 
-    Its first step is close to that of full training. With ``G = U S Vᵀ``, A has r of the first 2r rows of
-    Vᵀ and B r of the first 2r columns of ``U S``. ``direction`` selects them.
+    With them, the first step of training is close to a step of full training. With ``G = U S Vᵀ``, A has r of
+    the first 2r rows of Vᵀ, and B has r of the first 2r columns of ``U S``. The option ``direction`` selects
+    them.
 
     Args:
         weight: W, [n, out, in].
@@ -327,7 +345,7 @@ def lora_ga(
     """
     size = min(4 * rank, *gradient.shape[1:])
     u, s, vh = low_rank_svd(gradient, size, _ITERATIONS, generator)
-    # A and B use different triples, so that their product depends on the signs.
+    # A and B use different singular triples, so their product depends on the signs of these.
     sign = signs(vh)
     u, vh = u * sign[:, None], vh * sign[:, :, None]
     of_a, of_b = _directions(options["direction"], rank, generator)
@@ -346,7 +364,7 @@ def lora_ga(
 def _directions(
     direction: str, rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices, in the first 2r singular triples, of those for A and for B."""
+    """Return the indices of the singular triples for A and for B, among the first 2r."""
     every = torch.arange(2 * rank)
     if direction == "random":
         some = torch.randperm(2 * rank, generator=generator)[:rank]
@@ -366,7 +384,7 @@ class Start:
     Attributes:
         a, b: Values of the factors.
         weight: New value of the whole weight; None if it stays as it is.
-        subtracted: True if that is ``W - s · B A``, so that the adapted weight is still W.
+        subtracted: True if `weight` is ``W - s · B A``, so that the adapted weight is still W.
     """
 
     a: torch.Tensor
@@ -378,7 +396,9 @@ class Start:
 def initial_start(
     row: PlannedSite, weight: torch.Tensor, config: LoraConfig, *, loaded: bool = False
 ) -> Start:
-    """Return the start from the weight alone. An initialization that needs data gets a plain start first.
+    """Return the initial values of a site, computed without data.
+
+    An initialization that needs data gets plain values first; :func:`data_start` replaces them.
 
     Args:
         row: The site.
@@ -442,7 +462,7 @@ def _check_decomposes(row: PlannedSite, weight: torch.Tensor, setting: str) -> N
 def data_start(
     row: PlannedSite, weight: torch.Tensor, config: LoraConfig, seen: torch.Tensor
 ) -> Start:
-    """Return the start from data, for the initializations that need it.
+    """Return the initial values of a site, for an initialization that needs data.
 
     Args:
         row: The site.

@@ -3,10 +3,12 @@
 Trained parameters get separate storage, so that training does not change the model that was passed to
 ``rewrite``.
 
-For rows of embeddings, a lookup becomes ``y' = where(place[i] >= 0, T[place[i]], W[i])``. If a head has the
-same weight or is named itself, its trained outputs ``i`` become ``y'ᵢ = yᵢ + x (T - W[i])ᵀ``. Both keep the
-output to the last bit while ``T`` is ``W[i]``, and create no tensor of the size of the weight. The
-rows are parameters next to the weight, and start as copies of the base's.
+For embeddings, the trained rows are a parameter ``T`` next to the weight ``W``. It starts as a copy of the
+base's rows. ``place[i]`` is the row of token ``i`` in ``T``, or negative if that token is not trained. A
+lookup becomes ``y' = where(place[i] >= 0, T[place[i]], W[i])``. If an output head has the same weight, or the
+configuration names the head, its trained outputs ``i`` become ``y'ᵢ = yᵢ + x (T - W[i])ᵀ``. Both leave the
+output unchanged to the last bit as long as ``T`` is untrained. Neither creates a tensor of the size of the
+weight.
 """
 
 from __future__ import annotations
@@ -182,7 +184,7 @@ class _Edit(Writer):
         return self.make(Role.TOKENS, "call_method", "type_as", node, self._base)
 
     def _read_now(self) -> fx.Node:
-        """Return the present input of the operation. A branch before it may have changed it."""
+        """Return the node that the operation reads now. Earlier edits may have replaced its input."""
         base = self._base
         if self._row.lookup:
             return lookup(base)[0]
@@ -232,11 +234,11 @@ class Unfreeze(Pass):
 def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) -> bool:
     """Make all parameters of a module trainable, and copy its statistics.
 
-    A weight tied to one outside stays frozen there.
+    If a parameter also belongs to a module outside of `root`, that module keeps the frozen one.
 
     Args:
         root: The module.
-        copies: The trainable copy of each parameter. It is extended.
+        copies: The trainable copy of each parameter so far. New copies are added to it.
     """
     changed = False
     # Skip the modules of other adapters inside: their starts, and their replacements of weights.
@@ -274,5 +276,6 @@ def _trained_copy(parameter: nn.Parameter) -> nn.Parameter:
         twin.requires_grad_(True)
         return twin
     trained = nn.Parameter(parameter.detach().clone())
-    vars(trained).update(vars(parameter))  # transformers marks loaded parameters
+    # Keep the attributes with which transformers marks loaded parameters.
+    vars(trained).update(vars(parameter))
     return trained

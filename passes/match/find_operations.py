@@ -1,12 +1,12 @@
 """Pass that finds every linear operation, by matching the patterns against every node of every region.
 
-It edits and selects nothing. A weight that is applied several times is one
-site. A weight that other code reads as well is refused, because folding an adapter into it would change
-the result of that code, too.
+It does not edit graphs, and it does not select layers. A weight that is applied several times is one site.
+A weight that other code reads as well is refused, because folding an adapter into it would change the result
+of that code, too.
 
-A merge writes ``W + s·BA`` back into the weight. That needs a dense weight of real floating-point numbers,
-and one that is not computed from others before each call. Every other weight is refused, regardless of its
-use in a graph.
+A merge writes ``W + s·BA`` back into the weight. So the weight must be dense (or have a known quantized
+format), hold real floating-point numbers, and not be computed from other tensors before each call. Any other
+weight is refused, regardless of its use in a graph.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def match(capture: Capture) -> Matches:
         sites.pop(weight, None)
         originals = join(rejection.region, "parametrizations", weight.rpartition(".")[2])
         rejections.pop(originals, None)
-        # Code of a parametrization multiplies by its parameters, too, as for the norm of a matrix.
+        # A parametrization may multiply by its own parameters, such as to compute the norm of a matrix. These
+        # products are no sites.
         for name in [name for name in sites if name.startswith(f"{originals}.")]:
             del sites[name]
         rejections[rejection.name] = rejection
@@ -148,9 +149,11 @@ def _joined(sites: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[Sit
 
 
 def _first_way(sites: list[Site]) -> tuple[list[Site], list[Read]]:
-    """Return the operations that share factors, and reads of the adapted weight by the other operations.
+    """Return the operations that share one pair of factors, and the remaining operations as reads.
 
-    Operations of the layer with the weight have precedence, then those that apply the whole weight.
+    All of them apply the same weight. The remaining operations read the adapted weight instead of getting a
+    branch. Operations in the module that owns the weight have precedence, then those that apply the whole
+    weight.
     """
 
     def order(site: Site) -> tuple[bool, bool]:
@@ -164,9 +167,10 @@ def _first_way(sites: list[Site]) -> tuple[list[Site], list[Read]]:
 
 
 def _has_its_own(read: Read, sites: list[Site], capture: Capture) -> bool:
-    """Return True if a read gets the adapted weight, separately from the operations with branches.
+    """Return True if a read can get the adapted weight while operations with branches get the base weight.
 
-    This needs separate nodes in the graph, so those operations must read the weight by known views.
+    The two need separate nodes in the graph. So the views between the weight and these operations must be
+    known.
     """
     if sites[0].opaque:
         return False
@@ -234,7 +238,7 @@ def _remedy() -> str:
 
 
 def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
-    """Yield refusals by the FQN of the weight (or of the module, if its weight has no name)."""
+    """Yield the FQN and the refusal of each weight that cannot be adapted, regardless of its readers."""
     for fqn, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -261,7 +265,7 @@ def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
 
 
 def _contained(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield refusals for matrices of a container, in which the module of an adapter would be a layer."""
+    """Yield refusals for matrices of a container: an adapter's module in it would count as a layer."""
     holder = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
     if holder and not isinstance(module, parametrize.ParametrizationList):
         for name, parameter in module._parameters.items():
@@ -283,13 +287,13 @@ def _holds_weights(module: nn.Module) -> bool:
 
 
 def _codes(module: nn.Module) -> list[str]:
-    """Return the names of the matrices of codes in a quantized module, or else ``weight``."""
+    """Return the names of the quantized matrices of a module, or of all its matrices, or ``weight``."""
     codes = [
         name
         for name, parameter in module._parameters.items()
         if parameter is not None and is_matrix(parameter) and parameter.dtype not in _FLOATS
     ]
-    # Codes that were cast to another dtype look like values.
+    # Quantized numbers that were cast to a floating-point dtype look like dense weights.
     matrices = [name for name, parameter in module._parameters.items() if is_matrix(parameter)]
     return codes or matrices or ["weight"]
 

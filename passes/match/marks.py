@@ -1,27 +1,27 @@
 """Passes that mark matched sites: output head, linear layers, routers of experts, parts of fused weights.
 
-The head is the linear operation that every path to the output goes through last. In a graph that is the
-first linear operation on the chain of dominators that leads from an output back to the input
-(`networkx.immediate_dominators`): a residual connection around an operation means that it is not the head.
-A block that repeats is never searched, because its last layer is a layer like any other. If a model names
+The head is the linear operation that every path to the output goes through last. To find it, a walk goes from
+an output back to the input along immediate dominators (`networkx.immediate_dominators`). The first linear
+operation on this walk is the head. The walk skips an operation with a residual connection around it. A block
+that repeats is never searched, because its last layer is a layer like any other. If a model names
 its head (``get_output_embeddings`` of transformers, ``get_classifier`` of timm), that answer is used. If
 the root of a transformers model has no graph, the head is a sibling of its base model.
 
-A router's output selects the top-k experts, and has one feature for each expert. It passes only operations
-that keep the scores of the experts apart: a softmax, a bias, the best of each group. A choice along its
-last axis follows. The output is followed from graph to graph, because a router is often a separate module
-and the choice is in its parent. If the parent has no graph, the router is not recognized.
+A router's output selects the top-k experts, and has one feature for each expert. Only operations that keep
+the scores of the experts apart may follow: a softmax, a bias, the best of each group. After them comes a
+choice along the last axis, such as a top-k. The search goes from graph to graph, because a router is often a
+separate module and the choice is in its parent. If the parent has no graph, the router is not recognized.
 
-A fused weight is one product whose output is cut into q, k and v, or into gate and up. The whole stays one
-site. Its parts can be named instead (``qkv.q``), each with separate factors and rank. A merge changes
-their rows only. The users of an output show how it is divided. They are read from the graphs of the
-regions, and from the partial graphs of modules whose trace failed.
+A fused weight belongs to one product whose output is cut into q, k and v, or into gate and up. The whole
+weight stays one site. A configuration can name its parts instead (``qkv.q``), each with separate factors and
+rank. A merge then changes only the rows of these parts. The nodes that read the output show how it is
+divided. These nodes are in the graphs of the regions, or in the partial graphs of modules whose trace failed.
 
 ``target_modules="all-linear"`` selects by class, as in PEFT: every ``nn.Linear`` and Conv1D of
 transformers, except the output embeddings of a transformers model.
 
-A head's output is followed to a cross entropy in the same way, to see if the loss can be computed in
-chunks.
+In the same way, a search goes from a head's output to a cross entropy, to see if the loss can be computed
+in chunks.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def find_head(capture: Capture, matches: Matches) -> Matches:
         )
 
         if not heads and ("" not in capture.regions or capture.frontend == "export"):
-            # An exported graph goes on after the head, with whatever the model does to its output.
+            # In an exported graph other operations follow the head, such as those of a loss.
             names = [name for name, _ in capture.model.named_children()]
             heads = frozenset(_named(names, matches.sites))
 
@@ -204,7 +204,7 @@ def _descend(
 
 
 def _is_beside(node: fx.Node) -> bool:
-    """Return True for any part of a module's output but the first: states and features."""
+    """Return True if a node selects a secondary part of a module's output, such as states or features."""
     of_module = bool(node.args) and getattr(node.args[0], "op", "") == "call_module"
     part = node.args[1] if of_module and len(node.args) > 1 else None
     return node.target in (getattr, operator.getitem) and (
@@ -214,7 +214,8 @@ def _is_beside(node: fx.Node) -> bool:
 
 
 def _dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node | str]:
-    import networkx as nx  # a third of a second, which most models of libraries do without
+    # The import takes a third of a second. Most models of libraries name their head and do not need it.
+    import networkx as nx
 
     flow = nx.DiGraph()
     flow.add_node(_SOURCE)
@@ -237,7 +238,7 @@ def _is_block(model: nn.Module, fqn: str) -> bool:
     module = model.get_submodule(fqn)
     parent, _, _ = fqn.rpartition(".")
     if isinstance(module, nn.Sequential) and fqn.rpartition(".")[2] in _HEAD_NAMES:
-        # The children of a Sequential tell nothing, but its name does.
+        # The classes of its children do not show that a Sequential is a head, but its name does.
         return False
     kinds = Counter(type(child) for child in model.get_submodule(parent).children())
     return kinds[type(module)] > 1 and any(True for _ in module.children())
@@ -287,7 +288,8 @@ def find_routers(capture: Capture, matches: Matches) -> Matches:
     experts = _experts(capture.model)
     if not experts:
         return matches
-    flow = functools.cache(lambda: _Flow(capture))  # most models have no candidate
+    # Built on first use, because most models have no candidate.
+    flow = functools.cache(lambda: _Flow(capture))
 
     def marked(site: Site) -> Site:
         if site.family != "linear" or site.experts is not None or site.out_features == 1:
@@ -341,10 +343,10 @@ def find_losses(capture: Capture, matches: Matches) -> Matches:
 
     Args:
         capture: The model.
-        matches: Its linear operations, the head marked.
+        matches: Its linear operations, with the head marked.
 
     Returns:
-        The same with ``Site.loss`` set.
+        The matches with ``Site.loss`` set.
     """
     flow = _Flow(capture)
     losses = any(
@@ -354,7 +356,7 @@ def find_losses(capture: Capture, matches: Matches) -> Matches:
     )
     known = {site.weight for site in matches.sites if site.head}
     if "" not in capture.regions and not known:
-        # The last layer of all that have weights: after it come a loss, metrics, a dropout.
+        # The head is the last child with weights. A loss, metrics or a dropout may come after it.
         children = capture.model.named_children()
         known.update(
             _named([name for name, child in children if _has_weights(child)], matches.sites)
@@ -416,11 +418,11 @@ _TO_LOSS = _KEEPING | {
 
 
 class _Path(NamedTuple):
-    """Result of following a value.
+    """Result of a search that starts at a value.
 
     Attributes:
         arrives: True if the value reaches the node that was searched for.
-        other_readers: Names of its readers that are not known to keep the last axis.
+        other_readers: Names of operations that read the value and are not known to keep its last axis.
     """
 
     arrives: bool
@@ -473,7 +475,7 @@ class _Flow:
                     continue
                 if _asks_for_shape(user):
                     continue
-                record = isinstance(user.target, type)  # of outputs
+                record = isinstance(user.target, type)  # a class that collects outputs
                 known = record or user.op in ("output", "call_module") or _name(user) in through
                 unknown |= set() if known else {_name(user)}
                 for reached in self._reached(region, node, user, through):
@@ -661,7 +663,7 @@ def _outputs(capture: Capture, site: Site, callers: dict[int, list[fx.Node]]) ->
 
 
 def _division(node: fx.Node, size: int) -> tuple[_Rows, ...]:
-    """Return the ranges into which its users divide the last dimension of a value, () if they do not."""
+    """Return the ranges into which the users of a node divide its last dimension; () if they do not."""
     cuts: set[_Rows] = set()
     for user in node.users:
         cuts.update(_cuts(user, size))
@@ -709,9 +711,10 @@ def _sliced(index: Any, size: int) -> Iterator[_Rows]:
 
 
 def _viewed(user: fx.Node, size: int) -> Iterator[_Rows]:
-    """Yield the parts of ``reshape(batch, length, 3, heads, -1)`` that is split along the three.
+    """Yield the parts of a value that is reshaped, as to ``(batch, length, 3, heads, -1)``, and then split.
 
-    If the heads come before the three, no part is a range of rows, and none is yielded.
+    The split is along the dimension of size 3. If the heads come before this dimension, the parts are not
+    ranges of rows. Nothing is yielded then.
     """
     shape: tuple[Any, ...] = user.args[1:]
     before = 0

@@ -1,7 +1,7 @@
 """Readers of a weight other than the operation that it is matched with.
 
-An adapter changes one use of a weight, a merge all of them. So other readers decide if it can be
-adapted at all.
+An adapter changes one use of a weight, and a merge changes all uses. So a weight with other readers may have
+to be refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "lay
 _METADATA_METHODS = frozenset(
     {"size", "dim", "numel", "element_size", "is_floating_point", "stride"}
 )
-# Operations that only change the form of a weight.
+# Operations that only change the shape, memory or dtype of a weight.
 _FORMS = frozenset(
     {"view", "reshape", "expand", "expand.default", "repeat", "unsqueeze", "squeeze", "clone", "to"}
 )
@@ -60,7 +60,7 @@ def readers(capture: Capture) -> dict[str, list[Read]]:
 
 
 def no_product(weight: str, reads: list[Read]) -> Rejection | None:
-    """Return the refusal of a weight without a matching operation, or None if none is expected."""
+    """Return the refusal of a weight that no pattern matches, or None for tables and biases."""
     # A bias for each expert is a table, too.
     if all(read.operation in _NO_PRODUCTS for read in reads) or weight.endswith("bias"):
         return None
@@ -71,7 +71,8 @@ def no_product(weight: str, reads: list[Read]) -> Rejection | None:
 def nameless(capture: Capture) -> dict[str, Rejection]:
     """Return refusals of tied weights that a graph reads by an ambiguous name.
 
-    A trace uses the first name for each of them. A merge unties the weights, so the name would matter.
+    A trace uses the first name of a tied weight for all of its uses. A merge unties the weights, so that the
+    name would matter.
     """
     result = {}
     everywhere = _places(capture.model)
@@ -84,7 +85,8 @@ def nameless(capture: Capture) -> dict[str, Rejection]:
         names_in_region = _places(region.module)
         for node, parameter in read:
             names = {join(region.fqn, name) for name in names_in_region[id(parameter)].values()}
-            # The graphs of a module with two names, and of a module that reads it, may use different names.
+            # The graph of a module with two names, and that of a module that reads its weight, may use
+            # different names.
             names.update(everywhere[id(parameter)][slot] for slot in names_in_region[id(parameter)])
             if len(names) == 1 or not is_matrix(parameter):
                 continue
@@ -98,7 +100,7 @@ def nameless(capture: Capture) -> dict[str, Rejection]:
 
 
 def _places(module: nn.Module) -> dict[int, dict[tuple[int, str], str]]:
-    """Return the registrations of each parameter, by its id: owner and key, with a name for each."""
+    """Return the FQNs of each parameter by its id: an FQN for each pair of owner's id and key."""
     names: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
     for fqn, owner in module.named_modules():
         for key, parameter in owner._parameters.items():

@@ -53,7 +53,7 @@ class Rounding:
         """Return a rounding by its name.
 
         Raises:
-            MergeError: If there is none of this name.
+            MergeError: If the name is unknown, or the seed is not a whole number.
         """
         if name not in get_args(RoundingName):
             names = ", ".join(map(repr, get_args(RoundingName)))
@@ -70,10 +70,11 @@ class Rounding:
         Args:
             exact: The merged weight, in its own shape.
             grid: The possible values of its matrix [out, in].
-            rows: Its sites.
+            rows: The planned sites of the weight.
 
         Returns:
-            fp32, in the shape of the weight; None for rounding to nearest, and for weights of other forms.
+            fp32, in the shape of the weight. None for rounding to nearest, and if the sites are no products
+            with a matrix.
         """
         matrix = matrix_of(rows[0].site, exact)
         if self.name == "nearest" or matrix is None:
@@ -173,7 +174,7 @@ def stochastic(values: torch.Tensor, grid: Grid, generator: torch.Generator | No
 
 
 def _unit_factor(moments: torch.Tensor) -> torch.Tensor:
-    """Return U with a diagonal of ones, upper triangular, of ``H = U D Uᵀ``."""
+    """Return the factor U of ``H = U D Uᵀ``: upper triangular, with ones on its diagonal."""
     lower: torch.Tensor = torch.linalg.cholesky(moments.flip(0, 1))
     upper = lower.flip(0, 1)
     return upper / upper.diagonal()

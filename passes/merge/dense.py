@@ -1,9 +1,12 @@
 """Restore the base model of a rewritten one: its own classes, and dense weights for quantized ones.
 
 A library's own layer becomes a layer of torch, with the same name and hooks. It stays the same object, so
-that other references to it (a second parent, a closure) see the dense layer. A tensor that shows its values
-is used like a dense one by any code. A weight that only the graph read as quantized gets back the layout in
-which the model's own code reads it.
+that other references to it (a second parent, a closure) see the dense layer.
+
+A weight becomes dense only if the code that reads it can read a dense one. There are three such cases: the
+weight belongs to a library's layer, its tensor subclass behaves like a dense tensor, or the model's own code
+expects a dense weight and only a graph reads the quantized one. In the last case the dense weight gets the
+layout that the model's own code expects.
 """
 
 from __future__ import annotations
@@ -97,7 +100,7 @@ class Keep(Protocol):
 
         Args:
             weight: The new weight.
-            again: Computes it again, the same each time; None if its sources do not stay.
+            again: Function that computes the same weight again; None if its inputs will change.
         """
         ...
 
@@ -132,7 +135,8 @@ def cast_model(
     uses = Counter(
         memory_of(old) for module in model.modules() for old in _to_cast(module, dtype).values()
     )
-    # With the old parameter, so that its memory is not used again while other names of it are to come.
+    # The old parameter is stored to keep it alive: if its memory were reused, another parameter could get the
+    # same key.
     tied: dict[tuple[object, ...], tuple[nn.Parameter, nn.Parameter]] = {}
     for fqn, module in model.named_modules():
         for leaf, old in _to_cast(module, dtype).items():
@@ -213,10 +217,10 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def dtype_of_all(model: nn.Module) -> torch.dtype | None:
-    """Return the dtype in which a dense model runs wherever the quantized one ran; None if not quantized.
+    """Return the dtype for the dense version of a quantized model; None if the model is not quantized.
 
-    It is the dtype of the weights that are not quantized, in which the model computes. Several dtypes are
-    promoted to one that holds all. Without such weights, it is the dtype of the quantized weights' values.
+    It is the dtype of the weights that are not quantized, because the model computes in it. Several dtypes
+    are promoted to one that holds all. If every weight is quantized, it is the dtype of their values.
     """
     stored = quantized_weights(model)
     if not stored:
@@ -241,7 +245,7 @@ def quantized_weights(model: nn.Module) -> dict[str, Quantization]:
 
 
 def _stored(weight: torch.Tensor) -> Quantization | None:
-    """Return the storage of a quantized weight, or of this process's part of it."""
+    """Return the quantization of a weight, or of this process's part of it; None if it is dense."""
     return quantization_of(torch_private.local_tensor(weight))
 
 
@@ -257,7 +261,7 @@ def layouts_of(sites: Iterable[Site]) -> dict[str, Layout]:
 def values_of(
     model: nn.Module, name: str, layouts: Mapping[str, Layout], dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Return a weight as the model's own code reads it: its memory, or its dequantized values.
+    """Return a weight as the model's own code reads it, dequantized if it is quantized.
 
     If FSDP2 has split a quantized weight, each process dequantizes its own part.
 
@@ -286,7 +290,7 @@ def make_dense(
     layouts: Mapping[str, Layout],
     keep: Keep = keep_all,
 ) -> None:
-    """Replace the remaining quantized weights, one by one; the model is changed.
+    """Replace the remaining quantized weights of a model by dense ones, in place and one by one.
 
     Args:
         model: A model that is used nowhere else; the weights of adapted sites are dense in it already.
@@ -364,8 +368,8 @@ def _is_known(
 def make_savable(model: nn.Module) -> None:
     """Let transformers save a model that it has loaded quantized.
 
-    When it saves, it reverses the conversions of the load, and fails for those that cannot be reversed
-    (5.24). The model has the converted values, so that those conversions can be dropped.
+    When transformers (5.24) saves, it reverses the conversions of the load, and fails if one cannot be
+    reversed. The model has the converted values, so that such conversions can be dropped.
 
     Args:
         model: A model that is used nowhere else.
@@ -400,7 +404,7 @@ def forget_loader(model: nn.Module) -> None:
 
 
 def _forget(model: nn.Module) -> None:
-    """Remove the marks of a quantized model: otherwise transformers would save and load it as quantized."""
+    """Remove the attributes of a quantized model. With them, transformers would save it as quantized."""
     for module in model.modules():
         for name in _OF_MODELS:
             module.__dict__.pop(name, None)

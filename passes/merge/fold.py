@@ -1,8 +1,8 @@
 """Fold the changes of adapters into weights and biases: accumulated in fp64, by slices, rounded once.
 
-A merged weight in fp64 is the exact sum, rounded once (:mod:`lora_fx.passes.merge.rounding`). A kind that
-transforms that sum rounds, too, with an error of a few units in the last place. Trained rows of an embedding
-are copied into it unchanged.
+A merged weight in fp64 is the exact sum, rounded once (:mod:`lora_fx.passes.merge.rounding`). If the adapter
+kind transforms that sum (DoRA does), its arithmetic adds an error of a few units in the last place. Trained
+rows of an embedding are copied into the weight unchanged.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _OURS = "lora_fx.passes.patterns."
 def delta_weight(
     model: nn.Module, row: PlannedSite, adapter: str, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Return ``s · B A`` of one site, in the weight's layout and in ``dtype``: all of ΔW of an additive kind.
+    """Return ``s · B A`` of one site, in the layout of the weight. For an additive kind, that is ΔW.
 
     Args:
         model: The rewritten model.
@@ -84,7 +84,7 @@ def _wide_factors(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and ``s · B`` in another dtype: B has far fewer elements to scale than the product.
+    """Return A and ``s · B`` in another dtype. B is scaled because it has fewer elements than the product.
 
     Args:
         model: The rewritten model.
@@ -104,7 +104,7 @@ def _pair(
     device: torch.device | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B as the pattern reads them: those of a head that is tied to an embedding are transposed.
+    """Return A and B as the pattern reads them. A head tied to an embedding stores them transposed.
 
     Raises:
         MergeError: If no weight has the effect of the adapter.
@@ -134,7 +134,7 @@ def check_mergeable(model: nn.Module, row: PlannedSite, adapter: str) -> None:
 
 
 def _sums_over_rank(row: PlannedSite) -> bool:
-    """Return True if each element of ΔW is a sum over the rank, which a registered pattern need not be."""
+    """Return True if each element of ΔW is a sum over the rank: so for the patterns of this package."""
     return type(pattern_of(row.site)).delta.__module__.startswith(_OURS)
 
 
@@ -153,7 +153,8 @@ def _sliced_factors(
         device: The device of the result.
 
     Returns:
-        None if numbers are too large for that, or a registered pattern computes ΔW.
+        The slices of A and of ``s · B``. None if numbers are too large for that, or if a pattern that is not
+        of this package computes ΔW.
     """
     if not _sums_over_rank(row):
         return None
@@ -227,7 +228,7 @@ def _add_change(
 def cannot_overflow(
     model: nn.Module, rows: Sequence[tuple[PlannedSite, str]], dtype: torch.dtype
 ) -> bool:
-    """Return True if a finite weight stays finite whatever its values are; False if that is unknown.
+    """Return True if no finite weight can overflow in this merge; False if that is unknown.
 
     ``|s (BA)_ij| ≤ |s| · r · max|A| · max|B|``. A change of less than half a unit in the last place of a
     dtype's largest number rounds away when it is added to that number. A kind that transforms the weight
@@ -251,7 +252,7 @@ def cannot_overflow(
             # The bound holds only if nothing else is added to the transformed weight.
             if bound is None or len(rows) > 1 or not bound <= largest.max / 2:
                 return False
-    # Half a unit is max · eps / 4; the other half of that covers the rounding of this computation.
+    # Half a unit is max · eps / 4. Only half of it is allowed, because this computation rounds, too.
     return change < largest.max * largest.eps / 8
 
 
@@ -261,7 +262,7 @@ def _largest(values: torch.Tensor) -> float:
 
 # Elements of a weight that are widened to fp64 at a time: few enough to stay in a core's cache.
 _CHUNK = 1 << 18
-# Parts of a weight in which a sample of its entries lies.
+# Number of parts of a weight from which a sample of its entries is taken.
 _PARTS = 4
 
 
@@ -289,7 +290,7 @@ class _Part(NamedTuple):
     Attributes:
         pair: A and ``s · B``; None without factors.
         values: The slots of a kind that transforms the weight, by name.
-        sliced: The names of those over the output features.
+        sliced: The names of the slots that have a value for each output feature.
         slices: A and ``s · B`` in slices whose products are exact; None if nothing is summed exactly.
     """
 
@@ -355,7 +356,9 @@ class Fold(_Folded):
     workspace: Workspace = dataclasses.field(default_factory=Workspace, compare=False, repr=False)
 
     def check(self, old: torch.Tensor) -> None:
-        """Raise for errors that :meth:`fold_into` cannot undo, without memory of the weight's size.
+        """Raise if :meth:`fold_into` would fail, because it cannot restore the part that it has overwritten.
+
+        This needs no memory of the weight's size.
 
         Raises:
             MergeError: If the merged weight overflows.
@@ -364,7 +367,7 @@ class Fold(_Folded):
             self._run(old, None)
 
     def folded(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the merged weight, without a second weight in fp64.
+        """Return the merged weight as a new tensor. Only a slice of it is in fp64 at a time.
 
         Args:
             old: The weight before.
@@ -403,12 +406,12 @@ class Fold(_Folded):
     def slices(
         self, old: torch.Tensor, dtype: torch.dtype, entries: int | None = None
     ) -> Iterator[Slice]:
-        """Yield parts of the weight before the merge, and as exact sums.
+        """Yield slices of the weight, each with the values before the merge and the exact sums.
 
         Args:
             old: The weight before.
             dtype: The dtype in which it will be compared.
-            entries: About the number of entries, in parts that are spread over the weight; None for all.
+            entries: About how many entries the slices have together, spread over the weight; None for all.
         """
         site = self.rows[0][0].site
         axis, applied = site.axis, site.applied(old)
@@ -433,8 +436,8 @@ class Fold(_Folded):
 
         Args:
             old: The weight before.
-            out: Takes the merged weight; may be the old one. None to check only.
-            checked: True if it is known not to overflow.
+            out: The tensor to write the merged weight to; may be the old weight. None to check only.
+            checked: True if the merged weight is known not to overflow.
         """
         wide = torch.float32 if old.device.type == "mps" else torch.float64
         site = self.rows[0][0].site
@@ -512,7 +515,8 @@ class Fold(_Folded):
         for row, adapter, part, low, high in self._here(total, start, parts):
             seen = base
             if kind_of(row).transforms and adapter in moved and len(moved) > 1:
-                # Adapters that are never active together: each was trained on the base after its own start.
+                # These adapters are never active together. Each was trained on the base that its own
+                # initialization has left.
                 seen = before.clone()
                 self._add_moves(seen, start, (adapter,))
             window = (row.site.axis, low, high - low)
@@ -528,7 +532,7 @@ class Fold(_Folded):
     def _here(
         self, total: torch.Tensor, start: int, parts: list[_Part]
     ) -> Iterator[tuple[PlannedSite, str, _Part, int, int]]:
-        """Yield the sites in a slice of the weight: their changes to it, and their range in the slice."""
+        """Yield each site in a slice of the weight, with its change to the slice and its range in it."""
         for (row, adapter), part in zip(self.rows, parts, strict=True):
             axis = row.site.axis
             first, last = row.site.rows or (0, row.site.applied_shape[axis])
@@ -571,7 +575,10 @@ class Fold(_Folded):
             total.add_(part.to(total), alpha=sign)
 
     def _moves(self, adapters: tuple[str, ...]) -> Iterator[tuple[torch.Tensor, int]]:
-        """Yield the weights that initializations have left, with sign 1, and the base's own, with sign -1."""
+        """Yield pairs of a tensor and its sign, whose sum is the change that initializations made.
+
+        These are the weight that an initialization has left (1), and the base's own weight (-1).
+        """
         site = self.rows[0][0].site
         for adapter in adapters:
             moved = gathered(own_value(self.model, adapter, site.weight))
@@ -624,7 +631,7 @@ class TokenFold(_Folded):
     def slices(
         self, old: torch.Tensor, dtype: torch.dtype, entries: int | None = None
     ) -> Iterator[Slice]:
-        """Yield the weight before and after; nothing for a sample, because rows are only copied."""
+        """Yield the whole weight before and after. Yield nothing for a sample, because rows are copied."""
         if entries is None:
             before = old.double()
             yield Slice(0, 0, before, self.folded(before))
@@ -695,7 +702,7 @@ def merged_biases(
     trained: Mapping[str, nn.Parameter],
     dtype: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the biases with ``s`` times those of B added, by FQN; nothing is changed.
+    """Return the biases that adapters change, with these changes added, by FQN. The models stay as they are.
 
     Args:
         model: The rewritten model.

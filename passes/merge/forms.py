@@ -1,4 +1,4 @@
-"""Merged weights in other forms than a rounded sum: quantized again, or as they were trained to be stored."""
+"""Compute merged weights as they are stored: rounded, quantized again, or as the adapter was trained for."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _SAMPLED = 1 << 16
 def requantized_site(
     change: Fold, old: torch.Tensor, weight: nn.Parameter, rounding: Rounding = NEAREST
 ) -> tuple[nn.Parameter, MergedSite]:
-    """Return the merged weight in the old weight's format, with a single matrix in fp64 in between.
+    """Return the merged weight, quantized again in the format of the old weight.
 
     Args:
         change: The changes to fold in.
@@ -113,7 +113,7 @@ def rounded_site(
     slices: Iterable[Slice] = change.slices(old, dtype, None if measure else _SAMPLED)
     chosen = _chosen(change, old, dtype, rounding)
     if in_place:
-        slices, merged = tuple(slices), old  # what is overwritten cannot be compared later
+        slices, merged = tuple(slices), old  # read the slices before they are overwritten
         change.fold_into(merged) if chosen is None else merged.copy_(chosen)
     else:
         merged = change.folded(old, dtype) if chosen is None else chosen
@@ -144,7 +144,10 @@ def rounded_weight(
 def _chosen(
     change: Fold | TokenFold, old: torch.Tensor, dtype: torch.dtype, rounding: Rounding
 ) -> torch.Tensor | None:
-    """Return a merged weight that is not rounded to nearest; None if it is, because it loses nothing."""
+    """Return a merged weight that is not rounded to nearest, or None.
+
+    Trained rows and dtypes of more than 16 bits are always rounded to nearest.
+    """
     if rounding.name == "nearest" or isinstance(change, TokenFold) or dtype.itemsize > 2:
         return None
     values = rounding.round(change.exact(old, dtype), DtypeGrid(dtype), change.sites)
@@ -220,7 +223,7 @@ def deployed_site(
 
 
 def become_layers(result: nn.Module, targets: Iterable[PlannedSite]) -> None:
-    """Turn layers whose weight was dense in the base, and is stored in a format now, into those of a library.
+    """Turn layers into a library's layers, if their dense weight is now stored in a format of that library.
 
     Args:
         result: The merged model.
@@ -245,7 +248,7 @@ def become_layers(result: nn.Module, targets: Iterable[PlannedSite]) -> None:
 def check_deployed(
     targets: Iterable[PlannedSite], into: nn.Module | None, dtype: torch.dtype | None
 ) -> None:
-    """Raise for arguments of a merge that change the model that was trained.
+    """Raise if arguments of a merge would store other weights than those that were trained.
 
     Raises:
         MergeError: If weights were trained for a storage, and ``into`` or ``dtype`` exclude it.

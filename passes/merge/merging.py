@@ -132,13 +132,13 @@ class Storage:
     """The way in which a merge stores its result.
 
     Attributes:
-        dtype: The dtype of everything in the result; by default each weight's own. Over a quantized base
-            that becomes dense all parameters have :func:`dtype_of_all`.
+        dtype: The dtype of everything in the result; by default each weight's own. If a quantized base
+            becomes dense, all parameters have the dtype of :func:`dtype_of_all`.
         cast_to: The dtype to which the caller casts the result. Merged weights have it already, so that they
             are rounded once.
         requantize: True to store merged weights that were quantized in the same format again. By default all
-            quantized weights become dense. Weights that were trained for a format are stored in it anyway,
-            and quantized ones stay so.
+            quantized weights become dense. If adapters were trained for a format, their weights are stored in
+            it anyway, and the other quantized weights stay quantized.
         own: True to give the result separate storage for everything, and ``requires_grad`` of the original.
             By default unfolded parameters are shared and frozen.
         keep: Called with each merged weight that is a new tensor, returns a tensor of the same values to use
@@ -166,13 +166,13 @@ class _Weights:
         full: The parameters that are trained in full, by FQN.
         targets: The sites that were trained for a storage, each with its adapter, by weight.
         over: The weights of the result to overwrite.
-        lasting: Tensors that stay as they are, by FQN. A weight that is made of one can be computed again.
-        layouts: The layouts of packed weights, by FQN.
+        lasting: Tensors that stay as they are, by FQN. A weight that is merged from one can be merged again.
+        layouts: The layouts that quantized weights had before they were quantized, by FQN.
         stored: The quantized weights of the result, by FQN.
-        requantize: True to store these in their formats again.
+        requantize: True to store quantized weights in their formats again.
         dense: The dtype of all parameters of a result that becomes dense, or that the user asked for; None
             for the dtype of each.
-        storage: The way in which the user wants the result.
+        storage: The way in which the user wants the result to be stored.
     """
 
     model: nn.Module
@@ -194,7 +194,7 @@ class _Weights:
         return self.storage.cast_to or self.dense
 
     def dtype(self, weight: str) -> torch.dtype | None:
-        """Return the dtype of a merged weight; None for that of the old one."""
+        """Return the dtype of a merged weight; None for the dtype that the weight had before."""
         if self.common is not None:
             return self.common
         return self.stored[weight].dtype if weight in self.stored else None
@@ -205,7 +205,10 @@ class _Weights:
         return _unadapted(values, weight, self.full)
 
     def as_trained(self, weight: str) -> tuple[torch.Tensor, MergedSite] | None:
-        """Return a weight as it was trained to be stored, with its row; None for any other."""
+        """Return a merged weight in the storage that it was trained for, and its row in the report.
+
+        Return None if the weight was not trained for a storage.
+        """
         if weight not in self.targets:
             return None
         return deployed_site(self.model, *self.targets[weight], self.dtype(weight))
@@ -214,7 +217,7 @@ class _Weights:
 def _fold_all(
     weights: _Weights, *, rounding: Rounding, measure: bool, progress: Progress
 ) -> tuple[dict[str, torch.Tensor], dict[str, MergedSite]]:
-    """Fold weights. Everything that can fail is done before the first weight is overwritten.
+    """Fold the changes into all weights. Everything that can fail runs before a weight is overwritten.
 
     Args:
         weights: The weights.
@@ -288,10 +291,11 @@ def warn_of_loss(report: MergeReport) -> None:
 
 
 def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: bool) -> None:
-    """Raise for weights that are not stored: a hook computes them before each call, or loads them.
+    """Raise for weights that cannot be folded into.
 
-    Raise also for packed bytes in parts and, with ``requantize``, for any quantized weight in parts. No
-    format can put parts together.
+    Such a weight is computed before each call, or is on the meta device until a hook loads it. Raise also if
+    FSDP2 has sharded the bytes of a packed weight. With ``requantize``, raise for any sharded quantized
+    weight, because no format can join the parts.
     """
     for fqn, module in model.named_modules():
         if any(known.layers.scales_hook(module) is not None for known in formats()):
@@ -386,7 +390,8 @@ def merge(
         storage=storage,
     )
     biases = merged_biases(model, result, _rows_of(folds), full, weights.common)
-    # The last step that can fail, before its first write: `into` changes completely or not at all.
+    # Folding is the last step that can fail, and it fails before its first write. So `into` changes
+    # completely or not at all.
     merged, sites = _fold_all(weights, rounding=rounding, measure=measure, progress=progress)
     place_trained(result, full, buffers, weights.over)
     place_biases(result, biases, weights.over)
@@ -400,7 +405,7 @@ def merge(
     if storage.own:
         result = copy_shared(result, model, record)
         exchange(result, before)
-    if not requantize:  # such a model is refused as `into`
+    if not requantize:  # a quantized model cannot be `into` in a later merge
         note_origins(result, origins, written)
     shard_again(result, units)
     left_out = tuple(name for name in record.adapters if name not in names)
@@ -430,7 +435,7 @@ def _checked(
 def _take_back(
     result: nn.Module, base: nn.Module, written: Collection[str], whole: Collection[str]
 ) -> tuple[dict[str, str], list[tuple[str, nn.Parameter]]]:
-    """Take an earlier merge into a model back.
+    """Undo an earlier merge into a model.
 
     Args:
         result: The model.
@@ -439,7 +444,8 @@ def _take_back(
         whole: FQNs of the weights that it will replace as a whole.
 
     Returns:
-        Fingerprints of the weights before the first merge, by name, and the parameters until now.
+        Fingerprints of the weights before the first merge, by name, and the named parameters that the model
+        had until now.
     """
     sources = {} if result is base else values_by_name(base)
     restored, origins = find_origins(result, sources, written, whole)
@@ -475,7 +481,7 @@ def _restore(into: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 
 def _check_processes(model: nn.Module) -> None:
-    """Raise unless all processes merge the same adapters. Gathered weights are sharded again."""
+    """Raise unless all processes merge the same adapters. Shard weights again that FSDP2 has gathered."""
     reshard(model)
     check_equal(model)
     called_by_all(model.parameters(), "a merge")
@@ -485,7 +491,7 @@ def _quantized_before(result: nn.Module, *, requantize: bool) -> Mapping[str, Qu
     """Return the quantized weights of a model before the merge, by FQN.
 
     Raises:
-        MergeError: Merged weights are to be quantized again, and the base is not quantized.
+        MergeError: If merged weights are to be quantized again, but the base is not quantized.
     """
     stored = quantized_weights(result)
     if requantize and not stored:
@@ -499,9 +505,9 @@ def _quantized_before(result: nn.Module, *, requantize: bool) -> Mapping[str, Qu
 def _folds(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> tuple[dict[str, Fold | TokenFold], dict[str, str]]:
-    """Return the changes of all weights by FQN: those of sites, then those of trained tokens.
+    """Return the changes of all weights by FQN: the changes of sites, then those of trained tokens.
 
-    Also return the weights that use the factors or rows of another one, each with that other one.
+    Also return the weights that stay tied, each with the weight that it is tied to.
     """
     tokens = token_weights(model, record, names)
     rows, tied = _sites_by_weight(model, record, names)
@@ -520,7 +526,8 @@ class Changes:
         folds: The changes of weights.
         trained: Parameters that are trained in full, under each of their names. A weight may be in both.
         biases: The merged biases.
-        buffers: The buffers that have values: training has changed them, and they came with an adapter.
+        buffers: The persistent buffers that are not on the meta device. They came with an adapter, because
+            training has changed them.
         tied: Weights that stay tied, each with the weight that it is tied to.
     """
 
@@ -535,11 +542,11 @@ def changes_of(model: nn.Module, dtype: torch.dtype | None = None) -> Changes:
     """Return what the active adapters change in a model on the meta device.
 
     Args:
-        model: A rewritten model, whose adapters have values. So have the biases to which something is added.
+        model: A rewritten model. Its adapters have values, and so have the biases that adapters change.
         dtype: The dtype of the result; by default each tensor's own.
 
     Raises:
-        MergeError: If adapters exclude each other, or have no values, or some that are not finite.
+        MergeError: If adapters exclude each other, have no values, or have values that are not finite.
     """
     check_dtype(dtype)
     record = require_record(model, MergeError)
@@ -562,7 +569,7 @@ def rows_of_report(
 
     Args:
         folds: The changes of each weight.
-        tied: Weights that are stored once with another one, by FQN.
+        tied: Weights that stay tied, each with the weight that it is tied to, by FQN.
         rows: The rows of the stored weights.
     """
     return tuple(
@@ -640,7 +647,10 @@ def _sites_by_weight(
 
 
 def _written_over(into: nn.Module, trained: Mapping[str, nn.Parameter]) -> frozenset[str]:
-    """Return the parameters of a model to overwrite. Those trained as one parameter are replaced instead."""
+    """Return the names of the parameters of a model to overwrite.
+
+    If several names belong to one parameter that was trained in full, it is replaced instead.
+    """
     ends = Counter(map(id, trained.values()))
     return unshared(into) - {name for name, value in trained.items() if ends[id(value)] > 1}
 
@@ -688,7 +698,7 @@ def _check_storage(into: nn.Module | None, storage: Storage) -> None:
 
 
 def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
-    """Return the weight to fold into: the base's, or that of another adapter that trains it in full."""
+    """Return the weight to fold into: the base's, or the one that another adapter has trained in full."""
     if name not in trained:
         return base
     return gathered(trained[name], name).to(base.device, base.dtype)
@@ -697,9 +707,10 @@ def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter
 def _stay_tied(
     head: Sequence[tuple[PlannedSite, str]], table: Sequence[tuple[PlannedSite, str]]
 ) -> bool:
-    """Return True if a head and an embedding have the same merged weight: both have the same factors.
+    """Return True if a head and an embedding have the same merged weight, because they share all factors.
 
-    A magnitude scales the columns of one and the rows of the other.
+    They do not if the kind transforms the weight: a magnitude scales the columns of one and the rows of the
+    other.
     """
     if any(kind_of(row).transforms for row, _ in (*head, *table)) or not all(
         row.tied for row, _ in head

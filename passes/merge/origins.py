@@ -26,7 +26,7 @@ _WIDTH: Final = 1024  # whole numbers of eight bytes in a row of a fingerprint
 
 @dataclasses.dataclass(frozen=True)
 class _Origin:
-    """Fingerprints of a weight: before the first merge, None if unknown, and after the last one."""
+    """Fingerprints of a weight before the first merge (None if unknown) and after the last merge."""
 
     before: str | None
     after: str
@@ -44,10 +44,11 @@ def values_by_name(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _fingerprint(value: torch.Tensor) -> str:
-    """Return a hash of the bits of a tensor: of their sums over rows and columns of whole numbers.
+    """Return a hash of the bits of a tensor.
 
-    The sums run on the tensor's device and need no memory of its size. Whole numbers wrap around, so the
-    order of a sum does not matter.
+    The bits are read as a matrix of 64-bit integers, and the sums of its rows and columns are hashed. The
+    sums run on the tensor's device and need no memory of its size. Integers wrap around, so that the order of
+    a sum does not matter.
     """
     digest = hashlib.blake2b(f"{value.dtype} {list(value.shape)}".encode(), digest_size=16)
     flat = value.detach().contiguous().flatten()
@@ -70,7 +71,7 @@ def _is_plain(value: torch.Tensor) -> bool:
 
 
 def note_origins(into: nn.Module, before: Mapping[str, str], written: Collection[str]) -> None:
-    """Note what a merge has written.
+    """Record fingerprints of the weights that a merge has written.
 
     Args:
         into: The model that adapters were folded into.

@@ -51,8 +51,8 @@ _log = logging.getLogger("lora_fx")
 def unshared(model: nn.Module) -> frozenset[str]:
     """Return the FQNs of the parameters that can be overwritten, because nothing else uses their memory.
 
-    Left out are parameters with several names or of another type, and those that share storage with other
-    tensors. Such tensors may be in the adapted model that was made from this one, or in a ``state_dict``.
+    Parameters with several names, of another type, or with storage that other tensors use are left out. Such
+    tensors may be in the adapted model that was made from this one, or in a ``state_dict``.
     """
     counts = _places(model)
     single_use = torch_private.storage_users(torch.empty(1))
@@ -90,7 +90,7 @@ def place_merged(
     Args:
         result: The model to store them in.
         merged: New tensors, by FQN.
-        tied: Weights that are the same parameter as another one, by FQN.
+        tied: FQNs of weights to tie, each with the FQN of the weight that it is tied to.
         over: Parameters to overwrite.
     """
     counts = _places(result)
@@ -161,7 +161,7 @@ def place_trained(
     """Copy tensors that were trained besides the factors, because training of the model may continue.
 
     Args:
-        result: The model to store it in.
+        result: The model to store them in.
         parameters: The parameters of :func:`trained`, by FQN.
         buffers: The buffers of :func:`trained_buffers`, by FQN.
         over: Parameters to overwrite.
@@ -201,7 +201,7 @@ def trained_buffers(
 def freeze_shared(result: nn.Module, model: nn.Module, record: Record) -> tuple[str, ...]:
     """Freeze the parameters that a merged model shares with the adapted one, and return their names.
 
-    An optimizer writes in place: it would train the user's own model.
+    An optimizer writes in place, so it would also train the user's own model.
 
     Args:
         result: The merged model.
@@ -224,7 +224,7 @@ def copy_shared(result: nn.Module, model: nn.Module, record: Record) -> nn.Modul
         record: Its record.
 
     Returns:
-        The merged model, or a copy of it if something is quantized, because its scales are shared, too.
+        The merged model. If a weight is quantized, a deep copy of the model, because scales are shared, too.
     """
     if any(quantization_of(parameter) is not None for parameter in result.parameters()):
         return copy.deepcopy(result)
@@ -252,7 +252,7 @@ def _own_copy(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _shared(result: nn.Module, model: nn.Module, record: Record) -> Iterator[str]:
-    """Yield the FQNs of a merged model's parameters whose memory the adapted one, or its base, shares."""
+    """Yield the FQNs of a merged model's parameters that share memory with the adapted model or its base."""
     seen = {storage_of(tensor) for tensor in (*model.parameters(), *record.originals.values())}
     for name, parameter in result.named_parameters():
         if storage_of(parameter) in seen or _has_no_storage(parameter):

@@ -23,13 +23,13 @@ _STEPS = 16
 
 
 def with_prediction(plan: Plan, model: nn.Module, name: str) -> Plan:
-    """Return a plan whose sites have the least change that a merge into a storage keeps.
+    """Return a plan in which each site has ``least_change``: the smallest change that a merge keeps.
 
-    Weights on the meta device, and those of other operations than products with a matrix, have none.
+    It stays None for weights on the meta device, and for operations that are no product with a matrix.
 
     Args:
         plan: The plan.
-        model: The model that it was made for.
+        model: The model of the plan.
         name: "bf16", "fp16", or a format of :func:`lora_fx.quantize`.
 
     Raises:
@@ -64,10 +64,10 @@ def _of_site(
 
 
 def least_change(weight: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    """Return the least ``‖ΔW‖ / ‖W‖`` of which nine tenths are left after rounding.
+    """Return the smallest ``‖ΔW‖ / ‖W‖`` for which nine tenths of ΔW are left after rounding.
 
-    ΔW is random with normal distribution, and W is rounded before: as in a base that is stored like the
-    result. Rounding of other weights keeps small changes on average, but with errors that hide them.
+    ΔW has random normal entries. W is rounded first, as in a base model that is stored like the result. If W
+    were not rounded first, small changes would be kept on average, but hidden by the errors of rounding.
 
     Args:
         weight: Rows of the weight, fp32.

@@ -1,4 +1,4 @@
-"""Rounding once, its error, and the report: every merged element compared with fp64."""
+"""Round merged weights once, measure the error against fp64, and report it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ class Term(NamedTuple):
 
 
 def two_products(values: torch.Tensor, factor: float) -> list[torch.Tensor]:
-    """Return two tensors whose sum is ``factor · values``, apart from underflow; one if that is exact."""
+    """Return two tensors whose sum is exactly ``factor · values``, unless an element underflows.
+
+    Return only one tensor if the product is exact.
+    """
     product = values * factor
     if math.frexp(factor)[0] == 0.5:
         return [product]
@@ -63,7 +66,7 @@ def two_products(values: torch.Tensor, factor: float) -> list[torch.Tensor]:
 
 
 def slices_of(values: torch.Tensor, terms: int) -> list[torch.Tensor] | None:
-    """Return tensors with the sum ``values``, of which any two multiply exactly in fp64.
+    """Split a tensor into a sum of tensors with few digits, whose products with each other are exact in fp64.
 
     Args:
         values: fp64.
@@ -227,13 +230,14 @@ class MergedSite:
             exact merged weight; NaN for any other. If it is not below ``relative_change``, quantizing has
             lost what the adapter learned.
         kept: The share of the change that is left after rounding, ``⟨Ŵ - W, ΔW⟩ / ‖ΔW‖²``. 0 means that the
-            stored weight Ŵ has nothing of it; noise may keep it on average and be wrong nevertheless.
+            stored weight Ŵ has nothing of the change. It is an average, so single entries may be wrong even
+            if it is near 1.
         moved: The share of the entries whose stored value changed.
         output_error: ``‖(Ŵ - W - ΔW) x‖ / ‖ΔW x‖`` over the inputs of the site; NaN if none were given.
         change: ``‖ΔW‖``.
         rounding: ``nearest``, ``compensated`` or ``stochastic``.
-        deployed: The format that the adapter was trained for, in which the weight is stored. Training has
-            seen the error of quantizing then. Empty for none.
+        deployed: The storage that the adapter was trained for, in which the weight is stored. The error of
+            quantizing was then part of training. Empty if the adapter was not trained for one.
     """
 
     name: str
@@ -259,15 +263,16 @@ class MergedSite:
 
     @property
     def requantized(self) -> bool:
-        """True if it was quantized again."""
+        """True if the weight was quantized again."""
         return not math.isnan(self.requantization_error)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OutputError:
-    """The effect of rounding on the outputs for example inputs; in evaluation, over all floating outputs.
+    """The effect of rounding on the outputs of a model for example inputs.
 
-    Both models compute in their own dtypes. In half precision that rounds activations, too.
+    The models are in evaluation mode, and all floating-point outputs count. Each model computes in its own
+    dtypes. In half precision that rounds activations, too.
 
     Attributes:
         relative_error: ``‖y_q - y‖ / ‖y‖``, with y of the adapted model and y_q of the merged one.
@@ -291,7 +296,7 @@ class MergeReport:
     """The result of a merge. Print it for a line for each weight; a notebook shows a table that sorts.
 
     Attributes:
-        sites: One row a weight.
+        sites: One row for each weight.
         untied: FQNs that shared their storage with another parameter before the merge, but not after it.
         outputs: The effect of rounding on the outputs; None if that was not measured.
         shared: FQNs of the frozen parameters that are shared with the model before the rewrite.

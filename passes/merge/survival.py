@@ -20,9 +20,9 @@ class Slice:
     """Some output features of a weight, before a merge and as the exact sum.
 
     Attributes:
-        axis, start: Their place in the applied form of the weight.
-        before: fp64, or fp32 where a device has no fp64.
-        exact: The same, of the same shape.
+        axis, start: Axis of the output features, and index of the first one, in ``Site.applied(weight)``.
+        before: Values before the merge, in fp64 (in fp32 if the device has no fp64).
+        exact: The exact sums, in the same dtype and shape.
     """
 
     axis: int
@@ -63,9 +63,9 @@ def measure_survival(
     """Compare a merged weight with the exact sum.
 
     Args:
-        slices: The measured part of the weight.
+        slices: The slices of the weight to measure.
         merged: The stored values of the merged weight, in its own shape.
-        rows: Its sites.
+        rows: The planned sites of the weight.
         moments: Second moments of the inputs of sites, by their names, [in, in].
         ulps: True to measure the largest error, too.
     """

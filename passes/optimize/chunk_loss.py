@@ -1,8 +1,8 @@
-"""Pass that turns a model's head into one call, a function of rows, so that the loss runs in chunks.
+"""Pass that turns a model's head into one call, so that the loss can run on a few rows at a time.
 
-The operation and its branches, of every adapter and kind, move into a separate graph
-(:class:`lora_fx.runtime.loss.logits.Head`). There, values depend on rows only through the input of the head.
-Everything else that they read (weights, factors, settings) is passed as arguments.
+The operation of the head moves into a separate graph (:class:`lora_fx.runtime.loss.logits.Head`), together
+with its branches of every adapter and kind. In this graph each row of the result depends only on the same row
+of the head's input. Everything else that the graph reads (weights, factors, settings) is passed as arguments.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class ChunkLoss(Pass):
 
 
 class _Body(NamedTuple):
-    """Nodes that become a function of rows.
+    """Nodes that move into the separate graph of a head.
 
     Attributes:
         x: The input of the head.
         nodes: The operation and its branches, in the order of the graph.
-        leaves: Their other inputs.
+        leaves: The other inputs of these nodes.
     """
 
     x: fx.Node

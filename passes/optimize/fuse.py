@@ -1,17 +1,17 @@
 """Passes that fuse linear operations with their branches, and make the other branches cheaper.
 
 - :class:`Fuse` turns an operation and its branch into one node. The adapter kind has named the function
-  (:meth:`lora_fx.ir.OutputBuilder.fuse_by`), and ``insert`` has stored it on the sum of both. This pass
-  checks that the function computes the operation.
+  (:meth:`lora_fx.ir.OutputBuilder.fuse_by`), and ``insert`` has stored it on the node that adds the branch.
+  This pass checks that the function can compute the operation.
 - :class:`ShareInputs` then joins fused operations that read the same input
   (:func:`lora_fx.runtime.lora_linears`). q, k and v of an attention layer get one product with all their
-  A's, and one gradient of their input. The operations must be in one graph: ``export`` captured the model
-  as a whole, or one module applies several weights.
+  A's, and one gradient of their input. The operations must be in one graph. This is so if ``export`` has
+  captured the model as a whole, or if one module applies several weights.
 - :class:`FuseRows` serves a batch whose rows have different adapters. It turns an operation and the
   branches of all adapters into one node.
-- :class:`Deploy` fuses the operations whose adapted weight is trained for a storage (``deploy=``), always:
-  only a function that rounds the weight computes the operation.
-- :class:`CheapDropout` gives the other branches a cheap dropout
+- :class:`Deploy` fuses the operations whose adapted weight is trained for a storage (``deploy=``). It runs
+  even without optimization, because only the fused function rounds the weight.
+- :class:`CheapDropout` gives branches that are not fused a dropout with a small mask
   (:func:`lora_fx.runtime.kernels.masks.dropped`).
 """
 
@@ -63,7 +63,7 @@ class Base:
 
     Attributes:
         x: The node that it reads.
-        weight: The node of its weight, as it is multiplied with.
+        weight: The node with the weight as the operation multiplies by it.
         bias: The node of the bias, or None.
         turned: True if the weight is [in, out].
         outputs: Number of output features.
@@ -130,7 +130,7 @@ class Fuse(GraphPass):
     """Pass that replaces each operation and its branch by one node, if a function computes both.
 
     Attributes:
-        memory: Unless it is "fast", a function that can keep less for the backward does so.
+        memory: If it is not "fast", functions keep less for the backward, if they can.
     """
 
     memory: Memory = DEFAULT_MEMORY
@@ -159,7 +159,7 @@ class Deploy(GraphPass):
         """Fuse every branch whose weight is trained for a storage.
 
         Raises:
-            CaptureError: If an operation is written in a way that no function computes.
+            CaptureError: If an operation is written in a way that the function cannot compute.
         """
         if not any(map(_is_deployed, region.graph.nodes)):
             return None
@@ -220,7 +220,7 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: 
         if not old.users and _is_of(old, tag) and old is not node:
             graph.erase_node(old)
     for user in tuple(base.users):
-        # A cast of another adapter's factors to the dtype of the output.
+        # The remaining users cast another adapter's factors to the dtype of the output.
         user.replace_input_with(base, node)
     graph.erase_node(base)
     return True
@@ -235,7 +235,7 @@ def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
 
 
 def _offer(node: fx.Node) -> FusedBranch | None:
-    """Return the function that computes a node together with the operation to which it adds a branch."""
+    """Return the function that can replace a node that adds a branch, and its operation; None for none."""
     tag = tag_of(node)
     return None if tag is None else tag.fused
 
@@ -307,12 +307,12 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
 def _parent(node: fx.Node) -> str:
     """Return the FQN of the module that applies an operation.
 
-    Readers of the same input in other modules are not joined: in a decoder, for instance, the keys of
-    every layer read the encoder's output.
+    Operations of different modules are not joined, even if they read the same input. In a decoder, for
+    instance, the keys of every layer read the encoder's output.
     """
     tag: Tag = node.meta[META_KEY]
     path = tag.weight.split(".")
-    # The weight of a layer (the module is the layer's parent), or a parameter of the module itself.
+    # For the weight of a layer it is the layer's parent. Otherwise the parameter is in the module itself.
     return ".".join(path[: -2 if path[-1] == "weight" else -1])
 
 
@@ -350,8 +350,8 @@ class FuseRows(GraphPass):
 
     Each adapter applies to its own rows. The adapter kind has named the function that computes several of
     its branches together. Branches of other kinds stay after the node, and
-    :class:`lora_fx.passes.insert.SelectRows` restricts them to their rows. Their order is free, because no
-    row has two adapters.
+    :class:`lora_fx.passes.insert.SelectRows` restricts them to their rows. The order of branches does not
+    matter, because no row has two adapters.
     """
 
     name: ClassVar[str] = "fuse-rows"
@@ -370,12 +370,12 @@ class FuseRows(GraphPass):
 
 
 class _Joint(NamedTuple):
-    """Operation, with branches that a function computes together.
+    """Operation with several branches that one function can compute together.
 
     Attributes:
         node: The node of the operation.
         base: The operation.
-        function: The function.
+        function: The function that computes all of them.
         sums: Nodes that add the branches.
     """
 
@@ -386,7 +386,7 @@ class _Joint(NamedTuple):
 
 
 def _joints(region: Region) -> list[_Joint]:
-    """Return the operations whose branches a function computes together, in the order of the graph."""
+    """Return the operations whose branches one function can compute, in the order of the graph."""
     joints = []
     for node in region.graph.nodes:
         if role_of(node) is not Role.BASE:

@@ -1,12 +1,13 @@
 """Pass that recomputes cheap operations in the backward: norms, activations, ``silu(g) * u``.
 
-A *chain* is a connected part of a graph with one result, of operations that cost little compared with a
-matrix product. Autograd over them keeps the inputs of the chain, and often more. The pass replaces the
-chain by one call (:class:`lora_fx.runtime.kernels.recompute.Chain`), which keeps the inputs only. A fused
-product need not keep the result, either. A chain never keeps more than its operations did: some operation of
-it keeps each of its inputs.
+A *chain* is a connected part of a graph with one result. Its operations cost little compared with a matrix
+product. Autograd over them keeps the inputs of the chain, and often more. The pass replaces the chain by one
+call (:class:`lora_fx.runtime.kernels.recompute.Chain`), which keeps only the inputs. A fused product that
+reads the result need not keep it, because the chain can compute it again. The call never keeps more than the
+operations did: each input of a chain is also kept by one of its operations.
 
-Norms and activations are modules without matrices, which have no graph. Those that are a chain get one.
+Norms and activations are modules without matrices. The capture makes no graph for them. If such a module is a
+chain, this pass gives it a graph.
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ from lora_fx.runtime import AdapterModule, recompute
 
 __all__ = ["Recompute"]
 
-# Tensors that autograd keeps for an operation with one input: the input, the result or none. For a product
-# of two tensors it keeps both.
+# The tensors that autograd keeps for an operation: its input, its result, both factors of a product, or none.
 _KEEPS_INPUT = {"silu", "gelu", "mish", "softplus", "hardswish", "logsigmoid", "leaky_relu"}
 _KEEPS_INPUT |= {"pow", "square", "erf", "layer_norm", "rms_norm"}
 _KEEPS_RESULT = {"tanh", "sigmoid", "rsqrt", "sqrt", "exp", "reciprocal", "relu"}
@@ -81,11 +81,12 @@ _KERNELS: tuple[tuple[Any, Mapping[str, str]], ...] = (
     (F.silu, {}),
 )
 _REDUCING = {"mean", "layer_norm", "rms_norm"}
-_NEAR, _ROUNDED = 1e-14, 1e-13  # of fp64: a constant with nine digits is another function
+# Tolerances in fp64: so tight that an activation whose constants have only nine digits counts as another one.
+_NEAR, _ROUNDED = 1e-14, 1e-13
 
 
 def _name_of(node: fx.Node) -> str | None:
-    """Return the name of an operation that a chain may contain, else None. Nodes of a branch have none."""
+    """Return the name of an operation that a chain may contain; None for others and for nodes of a branch."""
     if tag_of(node) is not None:
         return None
     target = target_of(node)
@@ -122,13 +123,13 @@ def _is_dtype(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """A run of cheap operations in a graph that may be recomputed: a :class:`lora_fx.runtime.Chain`.
+    """A chain in a graph, before it becomes a :class:`lora_fx.runtime.Chain`.
 
     Attributes:
-        root: Its result.
-        nodes: Its operations, in the order of the graph.
-        leaves: Kind of each of its inputs, by node.
-        saves: True if autograd keeps more than the inputs.
+        root: The node of its result.
+        nodes: The nodes of its operations, in the order of the graph.
+        leaves: The nodes of its inputs, each with the kind of the input.
+        saves: True if autograd over the operations keeps more than the inputs.
     """
 
     root: fx.Node
@@ -231,7 +232,8 @@ class _Finder:
             ]
             if not lost:
                 break
-            # A reader that does not keep its input stays outside: its result becomes the chain's input.
+            # No operation of the chain keeps this input. So the operations that read it stay outside, and
+            # their results become inputs of the chain.
             readers = {user for leaf in lost for user in leaf.users if user in chain}
             if root in readers:
                 return None
@@ -434,7 +436,7 @@ def _replace(graph: fx.Graph, chain: _Found, finder: _Finder, region: Region) ->
 
 
 def _again(own: fx.Graph, chain: _Found, finder: _Finder, region: Region) -> fx.Graph | None:
-    """Return the graph of a chain for the backward, or None if it is the same.
+    """Return the graph of a chain for the backward, or None if it is the same as in the forward.
 
     Calls of modules are inlined, and replaced by a PyTorch kernel that computes the same, if there is one.
     """

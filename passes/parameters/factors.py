@@ -1,8 +1,8 @@
 """The parameters of a planned site, and its weight as matrices [n, out, in].
 
-A linear weight is one matrix, a weight of experts one for each expert. A convolution with g groups is g
-matrices [out/g, in/g · kernel], each with r/g of the rank: A and B together compute the product of their
-matrices (see :mod:`lora_fx.passes.patterns.conv`).
+A linear weight is one matrix. A weight of experts has a matrix for each expert. A convolution with g groups
+has g matrices [out/g, in/g · kernel], each with r/g of the rank. A and B of a group are matrices, too, and
+their product is the change of that group (see :mod:`lora_fx.passes.patterns.conv`).
 
 Trained rows of an embedding are stored next to it, under PEFT's names.
 """
@@ -57,16 +57,16 @@ __all__ = [
 
 
 DROPOUT: Final = "lora_dropout"
-"""The attribute of a site's holder that has the dropouts of its adapters, if there are any."""
+"""The attribute with the dropouts of a site's adapters, on the module that holds the site's factors."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FactorNames:
-    """The attributes of a site's holder that have its factors and slots.
+    """The attributes that have the factors and slots of a site, on the site's holder.
 
     Attributes:
-        a, b: The factors; empty for a kind without factors.
-        slots: The other tensors of the kind.
+        a, b: The attributes of the factors; empty for a kind without factors.
+        slots: The attributes of the slots: the other tensors of the kind.
     """
 
     a: str
@@ -89,8 +89,8 @@ class SiteFactors:
     """The factors and slots of a site for one adapter, as stored.
 
     Attributes:
-        names: Their names.
-        values: The tensors by those names: parameters, and buffers for slots that are not trained.
+        names: The names of the factors and slots.
+        values: The tensors by their names: parameters, and buffers for slots that are not trained.
     """
 
     names: FactorNames
@@ -204,7 +204,7 @@ def _held(factors: nn.Module, adapter: str) -> torch.Tensor:
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
-    """Yield the factors of an adapter, and its other parameters next to them, each once."""
+    """Yield the factors of an adapter, its trained slots and its trained rows, each once."""
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, AdapterFactors) and not isinstance(module, KeptTensors):
@@ -287,7 +287,7 @@ def as_factors(
 
 
 def replaced(site: Site, weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Return a new weight with another value of its :func:`part_of`."""
+    """Return a copy of a weight in which the site's part (see :func:`part_of`) has other values."""
     changed = site.applied(weight.detach()).clone(memory_format=torch.contiguous_format)
     rows_of(site, changed).copy_(part)
     return site.stored(changed).contiguous()
@@ -321,10 +321,10 @@ def add_tokens(model: nn.Module, row: PlannedTokens, adapter: str, rows: torch.T
     """Store trained rows, and their indices, next to a weight.
 
     Args:
-        model: The pipeline's own model.
+        model: The model that the pipeline edits.
         row: The planned rows.
         adapter: The adapter's name.
-        rows: [n, width]; a parameter is stored itself, without a copy.
+        rows: The values, [n, width]. If it is a parameter, it is stored without a copy.
     """
     indices = torch.tensor(row.indices, device=rows.device)
     if row.lookup:

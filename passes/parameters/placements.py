@@ -1,8 +1,8 @@
-"""The placements of a site's factors over processes, which follow those of its weight.
+"""The placements of a site's factors over processes. They follow the placements of its weight.
 
-Tensor parallelism splits a weight along its outputs (colwise) or its inputs (rowwise). FSDP2 splits all
-weights between calls. The factors of an adapter that is added to an FSDP2 model are small, and whole in
-every process.
+Tensor parallelism splits a weight along its outputs (colwise) or its inputs (rowwise), and the factors are
+split to match. FSDP2 splits all weights between calls. If an adapter is added to an FSDP2 model, its factors
+are not split: they are small, and every process has all of them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FactorLayout:
 
     @property
     def slot(self) -> tuple[Any, ...]:
-        """Placements of a vector with an element for each output feature: those of B."""
+        """Placements of a vector with an element for each output feature. They are those of B."""
         return self.b
 
 
@@ -62,7 +62,7 @@ def check_layouts(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
     """Raise for sites whose weight has placements that no factors can follow.
 
     Raises:
-        ConfigError: With the first such site, the same in every process.
+        ConfigError: With the first such site. All processes raise the same error.
     """
     for row in rows:
         if is_sharded(weight_at(model, row.site.weight)):
@@ -80,7 +80,7 @@ def check_alike(model: nn.Module, rows: tuple[PlannedSite, ...], adapter: str) -
         adapter: The adapter's name.
 
     Raises:
-        ConfigError: In every process, with the first site that differs.
+        ConfigError: With the first site that differs. All processes raise the same error.
         ProcessError: If a process does not answer.
     """
     parts: list[Any] = [p for _, p in model.named_parameters() if is_sharded(p) and not p.is_meta]
@@ -140,8 +140,8 @@ def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> No
     Args:
         model: A rewritten model.
         adapter: The adapter's name.
-        beside_weights: True if it has only parameters next to the weights that it adapts. Those are whole in
-            each process of an FSDP2 model, and get the mean of all gradients.
+        beside_weights: True if the adapter has only parameters next to the weights that it adapts. In an
+            FSDP2 model each process has all of these parameters, and they get the mean of all gradients.
 
     Raises:
         ConfigError: If FSDP2 or ZeRO shards the model, and the adapter has other parameters.
@@ -205,7 +205,8 @@ def factor_layout(model: nn.Module, row: PlannedSite) -> FactorLayout:
             b.append(Replicate())
             continue
         _check_cut(row, weight, mesh.size(dimension), placement)
-        # If FSDP has split a part again, the part itself has the placement of parallelize_module.
+        # FSDP may have split this part further. The dimension of the placement is still the one that
+        # parallelize_module has set.
         a.append(Shard(1) if placement.dim % 2 == inner else Replicate())
         b.append(Shard(0) if placement.dim % 2 == out else Replicate())
     return FactorLayout(mesh, tuple(a), tuple(b))
@@ -237,7 +238,7 @@ def _between_calls(model: nn.Module, owner: str) -> tuple[int, ...]:
             groups = torch_private.fsdp_groups(module)
             managed = (parameter for group in groups for parameter in group.fsdp_params)
             if any(torch_private.fsdp_owner(parameter).module is layer for parameter in managed):
-                # In the mesh of a parameter FSDP's dimensions come first.
+                # In the mesh of a parameter the dimensions of FSDP come first.
                 return tuple(range(groups[0].mesh_info.mesh.ndim))
         if not fqn:
             return ()

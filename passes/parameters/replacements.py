@@ -1,4 +1,4 @@
-"""The values of a site's weight in any form: replaced by an adapter, quantized, or split over processes."""
+"""Read and replace tensors of the base that an adapter replaces, a format packs, or processes split."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ __all__ = [
 ]
 
 KEPT = "lora_own_"
-"""Prefix of the name of the module that stores adapters' values of a parameter."""
+"""Prefix of the name of the module that stores the values of inactive adapters for a tensor of the base."""
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the base's parameters by each of their names, without those of adapters."""
+    """Return the parameters of the base by each of their names, without the parameters of adapters."""
     parameters: dict[str, nn.Parameter] = {}
     for fqn, module in base_modules(model, every_name=True):
         for name, parameter in module._parameters.items():
@@ -75,7 +75,7 @@ def replaceable(model: nn.Module, name: str) -> torch.Tensor:
 
 def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Yield the base's modules, by their first name or by each of them."""
-    # Like named_modules, which is slower: it yields each module through the generators of all parents.
+    # Same order as named_modules, which is slower because it yields each module through all its parents.
     seen: set[nn.Module] = set()
     pending = [("", model)]
     while pending:
@@ -129,7 +129,7 @@ def in_adapter(model: nn.Module, name: str) -> bool:
 
 
 def own_value(model: nn.Module, adapter: str, name: str) -> torch.Tensor:
-    """Return an adapter's value of a tensor of the base, whether it is active or stored."""
+    """Return an adapter's value for a tensor of the base. An inactive adapter has it in storage."""
     owner, leaf = _owner(model, name)
     stored = owner._modules.get(KEPT + leaf)
     if stored is not None and (adapter in stored._parameters or adapter in stored._buffers):
@@ -204,7 +204,7 @@ def place_base(
         adapter: The adapter.
         names: FQNs of the tensors that the adapter has replaced.
         originals: The base's values. Values that share memory become one parameter again.
-        keep: True to store the adapter's values.
+        keep: True to store the adapter's values, False to drop them.
     """
     names = set(names)
     live = {memory_of(p): p for n, p in base_parameters(model).items() if n not in names}
@@ -225,13 +225,13 @@ def place_base(
             owner._parameters[leaf] = live[memory]
             continue
         if not keep and (is_sharded(old) or is_partitioned(old)):
-            # The parameter of a copy, whose parts another model shares.
+            # `old` is the parameter of a copied model, and another model shares its parts.
             value = distributed_as(original.detach().to(old.dtype), old)
             parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
             owner._parameters[leaf] = parameter
             continue
         if is_sharded(old) or is_partitioned(old):
-            # Exchange only the values: the library and the optimizer use the parameter itself.
+            # Exchange only the values, because the library and the optimizer refer to this parameter.
             if keep:
                 values = (gathered(old, name) if is_partitioned(old) else old.detach()).clone()
                 _beside(owner, leaf).add(adapter, nn.Parameter(values))
@@ -241,7 +241,7 @@ def place_base(
         if memory not in live:
             value = original.detach().to(old.device, old.dtype)
             live[memory] = nn.Parameter(value, requires_grad=False)
-            vars(live[memory]).update(vars(old))  # for example marks of transformers
+            vars(live[memory]).update(vars(old))  # such as attributes that transformers sets
         owner._parameters[leaf] = live[memory]
         if keep:
             _beside(owner, leaf).add(adapter, old)
@@ -282,7 +282,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
-    """Return the weight in the layout of the site: the parameter's own memory, or dequantized values."""
+    """Return the weight in the layout of the site. A quantized weight is dequantized, others share memory."""
     weight = weight_at(model, site.weight)
     if site.quantized is None:
         return detached(weight)
@@ -299,11 +299,9 @@ def base_dtype(model: nn.Module, site: Site) -> torch.dtype:
 
 
 # --- parameters that processes hold in parts ------------------------------------------------------
-# Parameters that a library has split: each process has one part, and the library owns the
-# parameter.
-#
-# FSDP2 registers the whole parameter before a call and its own part afterwards, and overwrites any other.
-# So such a parameter is not replaced: values are copied into it.
+# A library may split parameters so that each process has one part. The library then owns the parameter:
+# FSDP2 registers the whole parameter before a call, and its part afterwards. It overwrites any other
+# parameter. So such a parameter is never replaced. Values are copied into it.
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -317,11 +315,11 @@ def detached(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gathered(tensor: torch.Tensor, name: str = "a parameter") -> torch.Tensor:
-    """Return the whole of a tensor. If FSDP2 shards it (a DTensor), or ZeRO-3, every rank must call this.
+    """Return the whole of a tensor. If FSDP2 (as a DTensor) or ZeRO-3 shards it, every rank must call this.
 
     Args:
-        tensor: Any.
-        name: Its name, for an error.
+        tensor: The tensor. If it is not sharded, it is returned detached.
+        name: The name of the tensor, for an error.
 
     Raises:
         ProcessError: If another process that holds a part of it does not answer.
@@ -337,17 +335,17 @@ def gathered(tensor: torch.Tensor, name: str = "a parameter") -> torch.Tensor:
 
 
 def _from_partitions(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a copy of a parameter that ZeRO-3 partitions: the parameter itself is empty again."""
+    """Return a copy of a parameter that ZeRO-3 partitions. The parameter itself is empty again afterwards."""
     with answering(name), put_together(tensor):
         return tensor.detach().clone()
 
 
 @contextmanager
 def answering(name: str) -> Iterator[None]:
-    """Raise with the name of the sent tensor if another process does not answer.
+    """Turn the error of a communication that fails into one that names the tensor.
 
     Raises:
-        ProcessError: In that case.
+        ProcessError: If another process does not answer.
     """
     try:
         yield
@@ -374,7 +372,7 @@ def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> 
     part: torch.Tensor = tensor.to_local()
     if part.untyped_storage().nbytes() == part.nbytes:
         return tensor
-    # Not a view, which would keep the memory of the whole value.
+    # The part is a view, which would keep the memory of the whole value. So it is copied.
     copy = part.detach().clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(
         copy, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
@@ -411,7 +409,7 @@ def distributed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def agreed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the value of the first process that shares a tensor; each process has drawn its own.
+    """Return the value of the first of the processes that share a tensor. They may have drawn different ones.
 
     Args:
         value: The whole value.
@@ -430,7 +428,7 @@ def agreed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Copy a whole value into a tensor of a model, or into this rank's part of it if it is sharded.
 
-    Every rank must call this if it is sharded. With ZeRO-3 the value of the first rank is used.
+    If the tensor is sharded, every rank must call this. With ZeRO-3 the value of the first rank is used.
     """
     if is_partitioned(tensor):
         value = gathered(value)
@@ -443,7 +441,7 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Make FSDP2 register its parts of all parameters, also if it keeps whole ones after a call."""
+    """Make FSDP2 register its parts of all parameters, even if it keeps the whole ones after a call."""
     for module in model.modules():
         if is_unit(module):
             owner: Any = module

@@ -1,7 +1,8 @@
 """The state of a rewritten model: parameters trained by hand, changed buffers, and lost parameters.
 
-A frozen parameter shares its memory with the model before the rewrite. It gets separate memory before an
-optimizer can write into it. Buffers that training changed (batch-norm statistics) were learned, too.
+A parameter is trained by hand if the user sets ``requires_grad``, so that no adapter trains it. A frozen
+parameter shares its memory with the model before the rewrite. It gets separate memory before an optimizer can
+write into it. Buffers that training changes, such as batch-norm statistics, count as learned, too.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 
-# Storages are copied from an address that is aligned for every dtype.
+# Storages are copied from an offset in bytes that is aligned for every dtype.
 _ALIGNED = 16
 
 
@@ -121,9 +122,10 @@ def _note_by_hand(model: nn.Module) -> None:
 
 
 def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]:
-    """Return the base's parameters that are, or were, trained by no adapter, under each of their names.
+    """Return the base's parameters that the user trains, or has trained, under each of their names.
 
-    It includes the parameters of modules that have replaced one of the base.
+    Parameters that an adapter trains are left out. Parameters of modules that have replaced a module of the
+    base are included.
 
     Args:
         model: A rewritten model.
@@ -141,7 +143,7 @@ def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]
 
 
 def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
-    """Yield weights that an initialization has replaced and that require a gradient, with their adapters."""
+    """Yield weights with a gradient that an adapter's initialization has replaced, and the adapter's name."""
     for adapter in record.active:
         entry = record.adapters[adapter]
         weights = {row.site.weight for row in entry.sites} - set(entry.given)
@@ -162,9 +164,9 @@ def _replaced_modules(model: nn.Module, record: Record) -> Iterator[str]:
 
 
 class _Guard:
-    """The hook of one parameter, which gives it separate storage."""
+    """Hook on the gradient of a parameter that gives the parameter separate storage."""
 
-    # A parameter in another process needs no hook, because it shares no memory with the user's model.
+    # Not pickled: a parameter in another process shares no memory with the user's model.
     __torch_unserializable__ = True
 
     def __init__(self, parameter: nn.Parameter, root: weakref.ref[nn.Module]) -> None:
@@ -183,7 +185,7 @@ class _Guard:
         if not is_partitioned(parameter):
             _give_storage(group)
         elif root is None or not is_owned(root):
-            # In an engine, trained parameters have separate parts already.
+            # If the model is in an engine of DeepSpeed, trained parameters have separate parts already.
             own_partition(parameter)
         if root is not None and record is not None:
             members = {id(member) for member in group}
@@ -192,9 +194,9 @@ class _Guard:
 
 
 def _load_hooks(module: nn.Module) -> Iterator[int]:
-    """Yield the keys of this file's load hook in a module."""
+    """Yield the keys under which :func:`_claim_loaded` is registered in a module."""
     for key, hook in torch_private.load_hooks(module).items():
-        # torch wraps it.
+        # torch wraps the function in an object.
         if getattr(hook, "hook", hook) is _claim_loaded:
             yield key
 
@@ -237,7 +239,7 @@ def _can_train(parameter: nn.Parameter) -> bool:
 
 
 def _together(parameter: nn.Parameter, candidates: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return a parameter and those that share bytes with it, so that tied parameters stay tied."""
+    """Return a parameter and all that share bytes with it. They move together, so that they stay tied."""
     group = {id(parameter): parameter}
     if not _is_plain(parameter) or is_partitioned(parameter):
         return [parameter]
@@ -286,7 +288,7 @@ def _span(group: Iterable[torch.Tensor]) -> tuple[int, int]:
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the first and last byte of a tensor in its storage, the last one excluded."""
+    """Return the range of bytes that a tensor uses in its storage, without the end."""
     start = int(tensor.storage_offset())
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = start + sum((int(size) - 1) * int(stride) for size, stride in steps)
@@ -311,9 +313,9 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def base_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the base's buffers that a training changes, such as batch-norm statistics, by FQN.
+    """Return the base's buffers that training may change, such as batch-norm statistics, by FQN.
 
-    Counters of batches are whole numbers, and not among them.
+    These are the floating-point buffers. Counters of batches are integers, and left out.
     """
     buffers = persistent_buffers(model).items()
     return {name: buffer for name, buffer in buffers if buffer.is_floating_point()}
@@ -438,12 +440,12 @@ def _has(modules: dict[str, nn.Module], name: str) -> bool:
 
 _COMPILED, _CHECKPOINTED = torch_private.ORIGINAL_MODULE, torch_private.CHECKPOINTED_MODULE
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-"""The lock of each rewritten model, which a thread holds while it changes the model."""
+"""The lock of each rewritten model. A thread holds it while it changes the model."""
 _Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 
 class AroundModel:
-    """A module that wraps a rewritten model: verbs work on the model inside."""
+    """A module that wraps a rewritten model. The functions of lora_fx work on the model inside."""
 
     def get_base_model(self) -> nn.Module:
         """Return the rewritten model."""
@@ -451,16 +453,17 @@ class AroundModel:
 
 
 def inside(verb: _Verb) -> _Verb:
-    """Make a verb work through compiled models, and through compiled or checkpointed layers.
+    """Make a verb (a function of lora_fx on a model) work on wrapped models, and with wrapped layers.
 
-    If the verb would return the model itself, the wrapped verb returns its own argument. If the verb
-    rewrites a model, the new model gets the layer wrappers of the original.
+    The wrappers are those of :func:`without_wrappers`. If the verb would return the model inside, the result
+    is the wrapped model that was passed. If the verb rewrites a model, the new model gets the layer wrappers
+    of the original.
 
-    A transform of ``torch.func`` around the call does not reach the computation of the verb.
+    A transform of ``torch.func`` around the call does not apply to the computation of the verb.
 
     Raises:
         CaptureError: If a layer that has an adapter was deleted or replaced.
-        ConfigError: If such a transform differentiates parameters of the model.
+        ConfigError: If a transform of ``torch.func`` differentiates parameters of the model.
     """
 
     @functools.wraps(verb)
@@ -479,7 +482,7 @@ def inside(verb: _Verb) -> _Verb:
 
 
 def _check_not_transformed(verb: str, model: Any) -> None:
-    """Raise if a transform differentiates parameters of a model: it would not reach the result."""
+    """Raise if a transform differentiates parameters of a model: the result of a verb would ignore it."""
     for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
         if torch_private.is_transformed(parameter):
             raise ConfigError(
@@ -520,13 +523,14 @@ def _wrapped_again(wrapper: nn.Module, inner: nn.Module) -> nn.Module:
 def without_wrappers(model: Any, *, leaving: bool = False) -> Iterator[Any]:
     """Yield the module inside of wrappers, with the wrappers of its layers removed.
 
-    These are the wrappers of ``torch.compile``, of FSDP1, and those that checkpoint or offload activations
+    Wrappers are those of ``torch.compile``, of FSDP1, and those that checkpoint or offload activations
     (``apply_activation_checkpointing``). When the context ends, they are put back around the current inner
-    modules. One thread at a time is in such a context of a model.
+    modules. Only one thread at a time can be in such a context of a model.
 
     Args:
         model: A rewritten model; anything else is yielded unchanged.
-        leaving: True if a ``with`` block ends, which must succeed in whatever state the model is.
+        leaving: True at the end of a ``with`` block. The model is then not checked, because leaving a block
+            must succeed in any state of the model.
 
     Raises:
         CaptureError: If a layer that has an adapter was deleted or replaced.
@@ -591,7 +595,9 @@ def _unwrapped(module: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS) -> nn.M
 
 
 def mark_adapted(model: nn.Module, *, adapted: bool) -> None:
-    """Set ``is_quantized`` on models that transformers has quantized: False with adapters, for its Trainer.
+    """Set ``is_quantized`` on models that transformers has quantized.
+
+    It is False with adapters, because the Trainer of transformers refuses to train a quantized model.
 
     Args:
         model: A copy that lora_fx made; it is changed.

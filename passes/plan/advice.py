@@ -1,8 +1,8 @@
 """Advice on a plan: the FLOPs that its targets cover, forgotten modules, capacity and learning rate.
 
 The source of the rules is "LoRA Without Regret" (Schulman and Thinking Machines Lab, 2025,
-doi:10.64434/tml.20250929): LoRA learns like full fine-tuning if it is on all layers, and if its parameters
-store the information of the data. :mod:`lora_fx.ir.advice` has the numbers.
+doi:10.64434/tml.20250929). LoRA learns like full fine-tuning if all layers have adapters, and if the adapters
+have enough parameters to store the information of the data. :mod:`lora_fx.ir.advice` has the numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lora_fx.passes.plan.choice import positions_of
 __all__ = ["with_advice"]
 
 _CONVOLUTIONS = 0.1
-"""Share of the FLOPs that convolutions with an unknown number of positions may have."""
+"""Share of the FLOPs below which convolutions are counted as if they had one position."""
 
 
 def with_advice(
@@ -49,8 +49,8 @@ def with_advice(
     Args:
         plan: The plan.
         capture: The capture of the plan.
-        example_inputs: As for :func:`lora_fx.plan`. They tell the positions of convolutions.
-        tokens: Number of tokens of the data that the loss counts, if it is known.
+        example_inputs: As for :func:`lora_fx.plan`. They determine the number of positions of convolutions.
+        tokens: Number of tokens in the data that the loss counts, if it is known.
     """
     advice = Advice(
         coverage=_coverage(plan, capture.model, example_inputs),
@@ -93,10 +93,11 @@ def _coverage(plan: Plan, model: nn.Module, example_inputs: Any) -> Coverage | N
 def _flops(
     sites: list[Site], routers: list[Site], model: nn.Module, example_inputs: Any
 ) -> Mapping[str, float]:
-    """Return the FLOPs of each product by name: for one token or, with convolutions, for a sample.
+    """Return the FLOPs of each product by name.
 
     Returns:
-        Empty if the convolutions have a larger part of the FLOPs, and their positions are unknown.
+        FLOPs for one token. If convolutions have more than a small share, FLOPs for a sample; empty if the
+        numbers of positions are unknown.
     """
     used = _times_used(sites, routers, model)
     flops = {site.name: used.get(site.name, 1.0) * _flops_at_a_position(site) for site in sites}
@@ -118,7 +119,7 @@ def _flops(
 
 
 def _flops_at_a_position(site: Site) -> float:
-    """Return the FLOPs for a token or, in a convolution, a position. Of several experts, one counts."""
+    """Return the FLOPs for a token or, in a convolution, for a position. Several experts count as one."""
     count, out, inner = matrix_shape(site)
     matrices = 1 if site.experts else count
     times = max(Counter(call.region for call in site.calls).values())
@@ -128,9 +129,9 @@ def _flops_at_a_position(site: Site) -> float:
 def _times_used(
     sites: Iterable[Site], routers: Iterable[Site], model: nn.Module
 ) -> dict[str, float]:
-    """Return how often a token uses an operation of a mixture of experts, by name.
+    """Return how often a token uses an operation of a mixture of experts, on average, by name.
 
-    Experts that no router of the graph chooses count as used by every token.
+    If the graph has no router for some experts, every token counts as using all of them.
     """
     sites = list(sites)
     lists = {name: len(m) for name, m in base_modules(model) if isinstance(m, nn.ModuleList)}
@@ -165,7 +166,7 @@ def _outer(name: str, outermost: str = "") -> Iterator[str]:
 
 
 def _experts_left(plan: Plan) -> Iterator[str]:
-    """Yield a line about stacked experts that no entry selects, and none excludes.
+    """Yield a line about stacked experts that no entry of the configuration selects, and none excludes.
 
     PEFT does not reach such parameters with the names of layers, only with ``target_parameters``.
     """
@@ -262,10 +263,11 @@ def _capacity(plan: Plan, tokens: int) -> Capacity:
 _RATE, _WIDTH = 5e-5 * 10, 2000
 _POWERS = (0.0775, 0.781)
 _MEASURED = range(2048, 8193)
-"""The function of the width that [S] fits to Llama and Qwen models, with the numbers of its authors.
+"""Widths of the models for which the learning rate was fitted.
 
-They are in "Supervised Learning Hyperparameters" of their documentation of Tinker (2025): ``LR = 5e-5 · 10 ·
-(2000 / width) ** power``, with the power 0.0775 for Qwen and 0.781 for Llama. Other models get the range.
+The rate is ``5e-5 · 10 · (2000 / width) ** power``, with the power 0.0775 for Qwen and 0.781 for Llama. Other
+models get the range between the two. The numbers are from "Supervised Learning Hyperparameters" in the
+documentation of Tinker (Thinking Machines Lab, 2025).
 """
 
 
@@ -292,7 +294,7 @@ def _width_of_language_model(plan: Plan) -> int | None:
 
 
 def _common_alpha(rows: Iterable[PlannedSite]) -> float:
-    """Return the ``scale * r`` of most sites, or the median if they differ, as after a budget."""
+    """Return the ``scale * r`` of most sites. If a budget made them differ, return the median."""
     alphas = [round(row.scale * row.rank, 6) for row in rows]
     alpha, count = Counter(alphas).most_common(1)[0]
     return alpha if 2 * count > len(alphas) else statistics.median(alphas)

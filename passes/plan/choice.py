@@ -1,10 +1,10 @@
-"""Apply a configuration to sites: by module, by parameter, by the attention layer that holds several weights.
+"""Apply a configuration to sites: select them, find their rank and alpha, and compute their costs.
 
-PEFT adapts modules and parameters. In lora-fx the sites are operations, so that a name can select several:
-``nn.MultiheadAttention`` is four sites, and a weight that is applied in parts is one for each part. The rank
-and alpha of a site come from the pattern for its own name or, if there is none, for the name that selected
-it. The costs of an adapter at a site follow from its kind and its pattern. Trained rows of embeddings
-(``trainable_token_indices``) follow PEFT's rules, too.
+PEFT adapts modules and parameters. In lora-fx the sites are operations, so that one name can select several
+sites. ``nn.MultiheadAttention`` has four, and a weight that is applied in parts has one for each part. The
+rank and alpha of a site come from the entry of ``rank_pattern`` and ``alpha_pattern`` for its own name. If
+there is none, the name that selected the site counts. The costs of an adapter follow from its kind and its
+pattern. Trained rows of embeddings (``trainable_token_indices``) follow PEFT's rules, too.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _ROWS = re.compile(r"(?P<name>.+)\.(?P<start>\d+)_(?P<stop>\d+)")
 
 
 def _choose_parts(site: Site, config: LoraConfig, whole: Verdict) -> list[tuple[Site, Verdict]]:
-    """Return the parts of a site that are adapted instead of it; empty if the site itself is selected.
+    """Return the parts of a site that replace it in the plan; empty if the site stays whole.
 
     Args:
         site: Any site.
@@ -81,7 +81,7 @@ def _choose_parts(site: Site, config: LoraConfig, whole: Verdict) -> list[tuple[
     if uses_default_targets(config) or excluded(site.name, config):
         return []
     numbered = {part.rows: part for part in _by_number(site, config)}
-    # If rows have both a name and numbers, use the form of the configuration.
+    # If the same rows are known by a name and by numbers, use the numbers, as the configuration does.
     parts = [part for part in parts if part.rows not in numbered] + list(numbered.values())
     verdicts = [(part, judge(part.name, config)) for part in parts]
     selected = [part for part, verdict in verdicts if verdict.selected]
@@ -120,8 +120,9 @@ class Choice:
 
     Attributes:
         site: The site.
-        verdict: Whether it is selected, and the reason.
-        names: Names for the lookup of rank and alpha. The first name that a pattern matches counts.
+        verdict: The verdict: whether the site is selected, and the reason.
+        names: Names for the lookup of rank and alpha. The first name with an entry in the configuration
+            counts.
         parameter: True if ``target_parameters`` chose it.
     """
 
@@ -139,16 +140,17 @@ class Choice:
         return float(alpha_for(self.names, config))
 
     def scale(self, config: LoraConfig) -> float:
-        """Return the factor of the branch."""
+        """Return the number by which the branch is multiplied."""
         return scale_of(self.rank(config), self.alpha(config), config)
 
 
 def choices(matches: Matches, config: LoraConfig) -> Iterator[Choice]:
-    """Yield all sites in order; instead of a fused one its parts, if those are selected.
+    """Yield all sites in order. If parts of a fused site are selected, yield the parts instead of it.
 
     ``target_parameters`` comes first: a weight that it names is adapted whole, even if ``exclude_modules``
     or the layer filters leave out the module. With ``ensure_weight_tying`` the name of a head selects the
-    embedding whose weight it shares: the factors belong to the embedding, and the head gets them transposed.
+    embedding whose weight it shares. The factors then belong to the embedding, and the head gets them
+    transposed.
     """
     candidates = list(_choices(matches, config))
     heads = {
@@ -229,11 +231,11 @@ def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:
         frozen = 0 if row.tied else sum(sizes[letter] for letter in kind.frozen)
         parameters += 0 if row.tied else sum(sizes.values()) - frozen
         flops += pattern.flops(site, row.rank)
-        # A lookup saves its index. With dropout the masked input and its mask are saved as well.
+        # A lookup saves the index (8 bytes). With dropout, the masked input and its mask are saved as well.
         saved += 8 if site.family == "embedding" else site.in_features * itemsize
         saved += site.in_features * (itemsize + 1) if row.dropout else 0
         saved += row.rank * itemsize
-    # The region of a whole model and the regions below it show the same application twice.
+    # The graph of the whole model and those of its modules may have the same call. It counts once.
     times = max(Counter(call.region for call in site.calls).values())
     return dataclasses.replace(
         row, parameters=parameters, frozen=frozen, flops=flops * times, saved=saved * times
@@ -250,11 +252,12 @@ def planned_tokens(
     rows: Sequence[PlannedSite],
     saved: Sequence[str],
 ) -> tuple[PlannedTokens, ...]:
-    """Return the embeddings, and heads, with trained rows.
+    """Return the embeddings and heads with trained rows (``trainable_token_indices``).
 
-    A list applies to the model's input embedding. The keys of a dict are names of modules, or their ends; a
-    key that ends several names applies to all of them. A head that the model declares as tied to an
-    embedding gets the same rows. With ``ensure_weight_tying``, so does any head that shares its weight.
+    A list applies to the model's input embedding. The keys of a dict are names of modules or ends of names.
+    A key applies to all modules whose name ends with it. If the model declares a head as tied to an
+    embedding, the head gets the same rows. With ``ensure_weight_tying``, so does any head that shares the
+    weight of an embedding.
 
     Args:
         capture: The model as graphs.
@@ -293,7 +296,7 @@ def _has_rows(site: Site) -> bool:
         return False
     if site.family == "embedding":
         return all(call.pattern == "embedding" for call in site.calls)
-    # A registered pattern may do more than a product, and an einsum may have its outputs in any axis.
+    # A pattern of the user may do more than a product, and an einsum may have its outputs in any axis.
     is_product = all(call.pattern in ("linear", "matmul", "quantized") for call in site.calls)
     return site.family == "linear" and site.layout == "out_in" and is_product
 
@@ -323,7 +326,7 @@ def _declared_embedding(model: nn.Module) -> object:
 
 
 def tied_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the input embedding of a model that declares that others share its weight, or None."""
+    """Return the input embedding of a model that declares its embeddings as tied, or None."""
     embedding = _declared_embedding(model) if _declares_tying(model) else None
     return embedding if isinstance(embedding, nn.Module) else None
 
@@ -363,7 +366,7 @@ def _declares_tying(model: nn.Module) -> bool:
 def _with_tied(
     planned: Mapping[str, PlannedTokens], sites: Mapping[str, Site], config: LoraConfig
 ) -> dict[str, PlannedTokens]:
-    """Give sites that share the weight of an embedding its trained rows, unless they have their own."""
+    """Give the trained rows of an embedding to sites that share its weight and have no rows themselves."""
     result = dict(planned)
     for row in planned.values():
         for weight in row.site.tied_to if row.lookup else ():
@@ -427,9 +430,9 @@ def _token_objections(
 # --- the cost of a sample -------------------------------------------------------------------------
 # The cost of the adapters of a network with convolutions for one sample.
 #
-# A convolution computes an output at each position, and layers differ in their number of positions,
-# so that costs for one position do not add up. A run on the meta device, which computes only shapes,
-# counts the positions.
+# A convolution computes an output at each position. Layers differ in their number of positions, so
+# costs for one position cannot be added. The positions are counted in a run on the meta device, which
+# computes only shapes.
 
 
 _log = logging.getLogger("lora_fx")
@@ -437,7 +440,7 @@ _log = logging.getLogger("lora_fx")
 
 @dataclasses.dataclass
 class Positions:
-    """The vectors that an operation reads and writes in a call of the model."""
+    """The numbers of vectors that an operation reads and writes in a call of the model."""
 
     inputs: int = 0
     outputs: int = 0
@@ -452,12 +455,11 @@ def with_sample_cost(
         plan: The plan.
         capture: The capture of the plan: a copy of the user's model, whose modules are called.
         example_inputs: As for :func:`lora_fx.plan`; None to make inputs from the model's own description.
-        compared: True for the cost of a sample even without adapted convolutions, because the plan stands
-            next to plans that have them.
+        compared: True to compute it even without adapted convolutions, to compare with plans that have them.
     """
     if plan.unit == "token" and not compared:
         return plan
-    # Without an adapted convolution, another one shows the size of the batch.
+    # If no convolution is adapted, one of the others shows the size of the batch.
     skipped = [row.site for row in plan.skipped] if compared else []
     cost = sample_cost(capture.model, plan.sites, example_inputs, skipped)
     return (
@@ -477,7 +479,7 @@ def sample_cost(
         model: The model. It is called without data.
         rows: The adapted sites.
         example_inputs: As for :func:`lora_fx.plan`; None to make inputs from the model's own description.
-        skipped: Sites that are not adapted, whose positions are counted to find the number of samples.
+        skipped: Sites that are not adapted, to find the number of samples.
 
     Returns:
         The sum, and the cost of each of ``rows``.
@@ -507,7 +509,7 @@ def positions_of(
 def _counted(
     model: nn.Module, sites: list[Site], example_inputs: Any
 ) -> tuple[int | None, dict[str, Positions]]:
-    """Return what :func:`_positions` counts, or None and nothing if the model cannot be called."""
+    """Return the result of :func:`_positions`, or None and an empty dict if the model cannot be called."""
     inputs = synthesise(model).inputs if example_inputs is None else example_inputs
     if inputs is None:
         return None, {}
@@ -519,10 +521,10 @@ def _counted(
 
 
 def _cost(model: nn.Module, row: PlannedSite, positions: Positions) -> tuple[int, int]:
-    """Return FLOPs and bytes of a site for all positions of a batch."""
+    """Return the FLOPs and saved bytes of a site for all positions of a batch."""
     times = max(Counter(call.region for call in row.site.calls).values())
     itemsize = base_dtype(model, row.site).itemsize
-    looked_up = row.site.family == "embedding"  # by ids, one for each output
+    looked_up = row.site.family == "embedding"  # it reads an id for each output, and no vector
     of_inputs = 0 if looked_up else row.site.in_features * itemsize
     of_inputs += row.site.in_features * (itemsize + 1) if row.dropout else 0
     of_outputs = row.saved // times - of_inputs
@@ -601,7 +603,7 @@ class _Products(Listener):
 
     def _count(self, site: Site, operands: Sequence[Tensor], out: Tensor) -> None:
         if not operands:
-            self.elsewhere.add(site.name)  # a view, for example, that is multiplied later
+            self.elsewhere.add(site.name)  # such as a view of the weight that is multiplied later
             return
         x = max(operands, key=Tensor.numel)  # a smaller operand is a bias
         spatial = len(site.shape) - 2 if site.family == "conv" else 0

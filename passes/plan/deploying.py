@@ -1,6 +1,7 @@
-"""Choice of the sites that are trained for a storage (``deploy=`` of :func:`lora_fx.rewrite`).
+"""Check which sites can be trained for a storage format (``deploy=`` of :func:`lora_fx.rewrite`).
 
-The rounded weight must be all that the adapter changes, and a merge must be able to store it.
+In such a site the forward rounds the adapted weight as it will be stored. So the adapter may change nothing
+but this weight, and a merge must be able to store it.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ _PRODUCTS = ("linear", "matmul", "quantized")
 
 
 def with_deployment(capture: Capture, plan: Plan, how: Deployment) -> Plan:
-    """Return a plan whose sites are trained for a storage.
+    """Return a plan whose sites are trained for a storage format.
 
     Raises:
-        ConfigError: If the configuration excludes it, or a site cannot have the storage. The message names
-            the sites.
+        ConfigError: If the configuration excludes such training, or the format does not fit a site. The
+            message names the sites.
         QuantizationError: If the library of the format is missing.
     """
     deploy, config = f"deploy={how.format!r}", plan.config
@@ -71,8 +72,8 @@ def with_deployment(capture: Capture, plan: Plan, how: Deployment) -> Plan:
 def _of_site(site: Site, how: Deployment) -> Deployment:
     """Return how the merged weight of a site will be stored.
 
-    A weight that is quantized now keeps its options. Any other weight gets those of ``how``, with a block
-    size that fits its shape.
+    If the weight is quantized already, its options stay. Any other weight gets the options of ``how``, with a
+    block size that fits its shape.
     """
     stored = site.quantized
     if stored is not None:

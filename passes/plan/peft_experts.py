@@ -1,9 +1,9 @@
-"""The parameters that PEFT adapts if a target has the name of an expert that transformers 5 has fused.
+"""Targets for experts that transformers 5 stores as parameters, in the way that PEFT selects them.
 
-transformers 5 keeps the projections of all experts of a layer in two parameters. PEFT 0.21 still accepts
-their old names as modules (``peft/utils/transformers_weight_conversion.py``): in models of some types it
-adapts the parameters instead. The gate and up projections are a single parameter, which gets twice the rank
-and alpha.
+transformers 5 stores the projections of all experts of a layer in two parameters. Before, each projection was
+a module. PEFT 0.21 still accepts the names of these modules, and adapts the parameters instead, in models of
+some types (``peft/utils/transformers_weight_conversion.py``). The gate and up projections share a parameter,
+which gets twice the rank and alpha.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
         "down_proj": "down_proj",
     },
 }
-"""Names of modules and of their parameters, for each form of checkpoints that transformers converts."""
+"""Old names of modules with the names of their parameters, by the type of checkpoint that is converted."""
 
 
 def expert_names(model: nn.Module) -> Mapping[str, str]:
-    """Return the names that PEFT replaces by parameters of experts in a model.
+    """Return the module names that PEFT replaces by parameters of experts in a model.
 
     Returns:
-        By the last part of a module's name, the end of the name of the parameter that PEFT adapts instead.
-        Empty for a model without such experts, and with a transformers before 5.
+        The end of the parameter's name, by the last part of the module's name. Empty for a model without such
+        experts, and for transformers before 5.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     library = sys.modules.get("transformers.conversion_mapping")
@@ -57,7 +57,7 @@ def with_experts(config: LoraConfig, model: nn.Module, sites: Iterable[Site]) ->
     Args:
         config: Any configuration. It is returned unchanged for other targets, and for other models.
         model: The model.
-        sites: Its linear operations, of which linear layers are marked.
+        sites: Its linear operations, with ``Site.all_linear`` set.
     """
     names = expert_names(model) if config.target_modules == ALL_LINEAR else _NONE
     if not names:

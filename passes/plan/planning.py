@@ -1,8 +1,9 @@
 """The dry run: decide which sites are adapted, and with which adapters.
 
-Names are selected by PEFT's rules (:mod:`lora_fx.config.selection`), operations by their matches. With
-``target_modules=None`` every matrix product and convolution is selected except the output head and the
-routers of mixtures. These, and lookups in an embedding, are adapted if they are named.
+PEFT's rules (:mod:`lora_fx.config.selection`) decide which names the configuration selects. The matches say
+which operations have these names. With ``target_modules=None`` every matrix product and convolution is
+selected except the output head and the routers of mixtures of experts. These, and lookups in an embedding,
+are adapted only if they are named.
 """
 
 from __future__ import annotations
@@ -88,9 +89,9 @@ __all__ = [
 
 
 def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
-    """Return the reason why a site cannot have its starting values; None if it can.
+    """Return the reason why ``init_lora_weights`` cannot be applied to a site; None if it can.
 
-    PEFT gives such sites a plain start, most of the time silently, or fails.
+    In such cases PEFT fails, or uses the default initialization, in most cases without a message.
     """
     start = config.init_lora_weights
     if start in (True, False, "gaussian", chosen_kind(config).chosen_start):
@@ -218,7 +219,7 @@ def make_plan(
 
     Args:
         capture: The model as graphs.
-        matches: Its linear operations, the head marked.
+        matches: Its linear operations, with the head marked.
         config: The configuration.
         strict: True if an entry of the configuration that selects nothing is an error.
 
@@ -270,7 +271,7 @@ _LOADED = "_is_hf_initialized"
 def fresh_modules(
     model: nn.Module, saved: Iterable[str] = (), sites: Iterable[Site] = ()
 ) -> Iterator[str]:
-    """Yield the FQNs of the outermost modules that no checkpoint has and that nothing trains.
+    """Yield the FQNs of the outermost modules that were not in the checkpoint and that nothing trains.
 
     Args:
         model: A model of transformers, which marks the parameters that it has loaded.
@@ -359,7 +360,7 @@ def _objection(choice: Choice, config: LoraConfig) -> str | None:
 
 
 def _shape_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
-    """Refuse a start that depends on the weight for factors of another shape than LoRA's."""
+    """Refuse an initialization from the weight if the kind stores factors of another shape than LoRA."""
     start, shapes = config.init_lora_weights, pattern_of(site).factors(site, rank)
     if not isinstance(start, str) or start == "gaussian":
         return None
@@ -400,7 +401,7 @@ def _keep_tied(
     rows: list[PlannedSite],
     skipped: list[Skipped],
 ) -> tuple[list[PlannedSite], list[Skipped]]:
-    """Give heads that share the weight of an adapted embedding the embedding's factors, transposed."""
+    """Plan heads that share the weight of an adapted embedding. They use its factors, transposed."""
     sites = {site.weight: site for site in matches.sites}
     tied: dict[str, PlannedSite] = {}
     for source in rows:
@@ -637,7 +638,7 @@ def idle_entries(
         config: The configuration.
         matches: The linear operations, and the refusals.
         chosen: The adapted sites.
-        tied: True if ``ensure_weight_tying`` tied something.
+        tied: True if ``ensure_weight_tying`` has an effect on the plan.
     """
     names = target_names(matches, chosen)
     selected = [name for choice in chosen for name in (choice.site.name, *choice.names)]
@@ -696,7 +697,7 @@ def idle_parameters(
             continue
         single = dataclasses.replace(config, target_parameters=(target,))
         if any(parameter_entry(weight, single) for weight in weights):
-            # A longer entry may have selected the same weight: then this one is not idle.
+            # If a longer entry has selected the same weight, this entry is not idle.
             if not any(parameter_entry(choice.site.weight, single) for choice in chosen):
                 yield target, False, "all that it names is left out (see 'not selected')"
             continue

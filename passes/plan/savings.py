@@ -1,15 +1,17 @@
-"""Pass that finds the blocks and the modules that treat each token on its own, for ``memory="least"``.
+"""Pass that finds the blocks to recompute and the modules to run in tiles, for ``memory="least"``.
 
 A module may run in tiles of tokens if it computes each token from that token alone, in the same way at every
-position. Both are tried on a few random tokens. The rules of :mod:`lora_fx.runtime.rows.row_rules`, applied
-to the axis of the tokens, show which tokens each element of the result was computed from. The results of two
-halves are compared with the result of the whole. No class is known by its name.
+position. Both conditions are tested on a few random tokens. The rules of
+:mod:`lora_fx.runtime.rows.row_rules`, applied to the axis of the tokens, show which tokens each element of
+the result was computed from. The results for two halves of the tokens are compared with the result for all.
+The test does not depend on the class of the module.
 
-Experts sort the tokens by their values, which no rule follows: for them, the trial of values decides.
+Experts sort the tokens by their values, and no rule can follow that. For them only the comparison counts.
 
-Parts of other modules are searched in their graphs (:mod:`lora_fx.passes.plan.spans`).
+In other modules, parts that may run in tiles are searched in the graphs (:mod:`lora_fx.passes.plan.spans`).
 
-The trial needs no weights: in a copy, each tensor is a window that slides over a few random numbers.
+The test needs no values of weights. In a copy of the module, each weight is a strided view of a few random
+numbers.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ __all__ = ["FindSavings", "find_blocks", "find_savings"]
 _TOKENS, _TOKENS_OF_EXPERTS = 12, 60
 _STEP = 16
 _SPARE = 4
-"""Tolerance of :class:`_Bounded`: heads and gates have more elements than a layer's result."""
+"""Factor of the limit of :class:`_Bounded`: intermediate results may be larger than a layer's result."""
 
 _log = logging.getLogger("lora_fx")
 
@@ -119,12 +121,12 @@ def _repeated(module: nn.Module, fqn: str) -> Iterator[str]:
 
 
 class _Finder:
-    """Search for the largest modules that may run in tiles, and for spans in others.
+    """Search for the largest modules that may run in tiles, and for spans in other modules.
 
     Attributes:
-        tiles: FQNs of those modules.
+        tiles: FQNs of the modules that may run in tiles.
         spans: Parts of other modules, by the FQNs of their first and last modules.
-        left: FQNs of other modules with linear operations, and the reasons.
+        left: FQNs of modules that cannot run in tiles, with the reasons.
     """
 
     def __init__(self, capture: Capture, above: set[str]) -> None:
@@ -134,7 +136,7 @@ class _Finder:
         self.left: list[tuple[str, str]] = []
         self._capture, self._above = capture, above
         self._sites: Sequence[Site] = capture.matches.sites
-        # Adapters with state, or with a phrase, depend on all tokens of a call.
+        # Adapters with state, or those that depend on the tokens, need all tokens of a call.
         self._counting = {
             row.site.owner: row.kind
             for row in (capture.plan.sites if capture.plan is not None else ())
@@ -166,7 +168,7 @@ class _Finder:
         return any(_is_in(first, fqn) != _is_in(last, fqn) for first, last in self.spans)
 
     def _is_alone(self, fqn: str) -> bool:
-        """Return True if a module treats each token on its own."""
+        """Return True if a module computes each token on its own."""
         return not self._reason(self._capture.model.get_submodule(fqn), fqn)
 
     def _objection(self, module: nn.Module, fqn: str) -> str:
@@ -178,7 +180,7 @@ class _Finder:
         return self._reason(module, fqn)
 
     def _reason(self, module: nn.Module, fqn: str) -> str:
-        """Return the reason why a module does not treat each token on its own; empty if it does."""
+        """Return the reason why a module does not compute each token on its own; empty if it does."""
         for owner, kind in self._counting.items():
             if _is_in(owner, fqn):
                 return (
@@ -204,7 +206,13 @@ def _is_in_any(owner: str, fqns: Sequence[str]) -> bool:
 
 
 def _tried(module: nn.Module, sizes: Sequence[int], experts: bool) -> str:
-    """Return the reason why a module cannot run in tiles, by a trial with inputs of these sizes."""
+    """Return the reason why a module cannot run in tiles; empty if it can.
+
+    Args:
+        module: The module.
+        sizes: Numbers of features to try for its input.
+        experts: True if the module has experts.
+    """
     arguments = [*inspect.signature(type(module).forward).parameters.values()][1:]
     needed = [
         argument
@@ -243,9 +251,9 @@ def _trial(module: nn.Module, x: Tensor, experts: bool) -> str | None:
 
 
 def _with_small_weights(module: nn.Module) -> nn.Module:
-    """Copy a module with weights that have almost no memory, in fp32 on the CPU.
+    """Copy a module with random weights that need almost no memory, in fp32 on the CPU.
 
-    Weights of a library's own layers are shared. Others that look like a dense matrix become one.
+    Quantized weights of a library's own layers are shared with the original module. All others become dense.
     """
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
@@ -266,8 +274,8 @@ def _copied(values: Tensor) -> Tensor:
 def _window(like: Tensor) -> Tensor:
     """Return a random tensor whose elements differ along each axis, and that has little memory.
 
-    Element [i, j] of a matrix is number i + j. Of a stack of matrices, which some kernels want to be
-    contiguous, each begins a few numbers after the one before it.
+    Element [i, j] of a matrix is random number i + j. The matrices of a stack are contiguous, because some
+    kernels need that, and each begins a few numbers after the one before it.
     """
     shape = like.shape
     strides = [1] * len(shape) if len(shape) < 3 else [_STEP] * (len(shape) - 2) + [shape[-1], 1]
@@ -286,7 +294,7 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _state(module: nn.Module) -> list[Any]:
-    """Return what a call of a module should not change: attributes and buffers of its parts."""
+    """Return a snapshot of the attributes and buffers of a module, to detect if a call changes them."""
     attributes = [
         {name: id(value) for name, value in vars(part).items()} for part in module.modules()
     ]
@@ -300,7 +308,7 @@ def _results(module: nn.Module, x: Tensor) -> list[Tensor]:
     """Return the results of a module, each [tokens, out].
 
     Raises:
-        ValueError: If one is something else.
+        ValueError: If a result is not a tensor with one vector for each token.
     """
     results, _ = pytree.tree_flatten(module(x))
     tokens = x.shape[:-1].numel()
@@ -312,9 +320,10 @@ def _results(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 class _Bounded(TorchFunctionMode):
-    """Mode in which a function fails whose result is far larger than that of a module for these tokens.
+    """Mode in which a function fails if its result is far too large for a module that computes tokens.
 
-    An image model may take the tokens for rows of pixels, and attend from each pixel to each.
+    An image model may take the tokens as rows of pixels. Attention between all pixels would then need too
+    much memory.
     """
 
     def __init__(self, module: nn.Module, x: Tensor) -> None:
@@ -331,7 +340,7 @@ class _Bounded(TorchFunctionMode):
         """Run a function.
 
         Raises:
-            ValueError: Its result is too large.
+            ValueError: If its result is too large.
         """
         result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.numel() > self._most:
@@ -340,7 +349,7 @@ class _Bounded(TorchFunctionMode):
 
 
 def _mixture(module: nn.Module, x: Tensor) -> str:
-    """Return the reason why rules do not show that each token is computed on its own; empty if they do.
+    """Return a reason unless the rules show that each token is computed on its own; empty if they do.
 
     Args:
         module: The module.
@@ -369,7 +378,7 @@ def _mixture(module: nn.Module, x: Tensor) -> str:
 
 
 def _in_form(module: nn.Module, x: Tensor) -> list[list[Tensor]]:
-    """Return the results for tokens in another form, or nothing if the module does not take it."""
+    """Return the results for tokens in another shape, in a list; empty if the module does not accept it."""
     try:
         return [_results(module, x)]
     except Exception:  # noqa: BLE001  of the user's code
@@ -377,7 +386,7 @@ def _in_form(module: nn.Module, x: Tensor) -> list[list[Tensor]]:
 
 
 def _differs(module: nn.Module, x: Tensor) -> str:
-    """Return a reason if a module computes other values for parts of its tokens than for all; or else ""."""
+    """Return a reason if the results for parts of the tokens differ from those for all; empty if not."""
     half = x.shape[1] // 2
     with torch.no_grad():
         state = torch.get_rng_state()

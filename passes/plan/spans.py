@@ -1,9 +1,10 @@
-"""Search for spans: parts of a layer from a module that makes tokens wider to one that makes them narrower.
+"""Search for spans: parts of a layer that can run in tiles of tokens.
 
-A graph of the layer shows which modules it calls, even if the graph never runs or ends early. The search
-follows the output of each widening module through the graph, and through the graphs of called modules.
-The other operations run on a few tokens as in a step (:mod:`lora_fx.runtime.memory.spans`). So a span is
-found only if a step records all of its operations.
+A span goes from a module that makes tokens wider (more features) to one that makes them narrower. A graph of
+the layer shows which modules it calls, even if the graph is never run or is incomplete. The search follows
+the output of each widening module through the graph, and through the graphs of called modules. The operations
+in between run on a few tokens, and are recorded as in a training step (:mod:`lora_fx.runtime.memory.spans`).
+So a span is found only if a training step can record all of its operations.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _TOKENS = 12
 def find_spans(
     capture: Capture, layer: nn.Module, fqn: str, is_alone: Callable[[str], bool]
 ) -> tuple[list[Span], list[tuple[str, str]]]:
-    """Return the spans of a layer, and modules in which none could begin, each with the reason.
+    """Return the spans of a layer, and the widening modules that begin no span, each with the reason.
 
     Args:
         capture: The model with its graphs and sites.
         layer: The layer.
         fqn: Its FQN.
-        is_alone: Predicate that is true if a module, by FQN, treats each token on its own.
+        is_alone: Function that returns True for the FQN of a module that computes each token on its own.
     """
     search = _Search(capture, layer, fqn, is_alone)
     if search.graph("") is not None:
@@ -56,10 +57,10 @@ class _WideResult:
     """The result of a module that makes tokens wider.
 
     Attributes:
-        width: Its features.
+        width: Number of features of the result.
         modules: The module, and others that read or return values computed from its result.
-        readers: Names of modules and operations that no step records, and that read such a value.
-        ends: Whether one of them makes tokens narrower.
+        readers: Names of modules and operations that read such a value and that a step cannot record.
+        ends: True if a reader makes tokens narrower, so that the span ends there.
     """
 
     width: int
@@ -84,7 +85,7 @@ class _Search:
 
     Attributes:
         results: The results of modules that make tokens wider.
-        widths: Features of tokens that a module of the layer makes narrower.
+        widths: Numbers of features that modules of the layer reduce.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class _Search:
         return region.graph if region else self._capture.begun.get(join(self._fqn, name))
 
     def follow(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """Follow values through the graph of a module, and return its result. None is an unknown value."""
+        """Follow values through the graph of a module, and return its result. Unknown values are None."""
         values: dict[fx.Node, Any] = {}
         graph = self.graph(name)
         assert graph is not None
@@ -152,7 +153,7 @@ class _Search:
         return self._run(name, copy.deepcopy(module).train() if bare else None, args, kwargs)
 
     def _run(self, reader: str, function: Any, args: Any, kwargs: Any) -> Any:
-        """Return the result of an operation if a step would record it, or facts such as a shape."""
+        """Return the result of an operation if a step can record it, or if it is no tensor (a shape)."""
         result = None
         if _sources((args, kwargs)) and function is not None:
             try:
@@ -172,7 +173,7 @@ class _Search:
                 self.results[source].modules.append(module)
 
     def _note_reader(self, values: Any, reader: str) -> None:
-        """Note a reader of values that no step records."""
+        """Note an operation or module that reads values and that a step cannot record."""
         for source in _sources(values):
             self.results[source].readers.append(reader)
 

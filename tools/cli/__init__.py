@@ -14,7 +14,7 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command line, or name the missing package."""
     for stream in (sys.stdout, sys.stderr):
-        # A pipe on Windows may have an encoding without "×" or "→": better a "?" than no plan.
+        # A pipe on Windows may have an encoding without "×" or "→". Print "?" instead of an error.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:

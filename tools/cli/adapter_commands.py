@@ -1,4 +1,4 @@
-"""Commands that make adapters of other adapters, or of tuned models."""
+"""Commands that write an adapter from other adapters or from a tuned model: extract, migrate, convert, ..."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def extract(
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Make an adapter of a fully fine-tuned model: low-rank factors of what tuning has changed.
+    """Extract an adapter from a fully fine-tuned model: low-rank factors of the change of its weights.
 
     The folders are read one tensor at a time, so that models of any size fit.
 
     Args:
-        base: The folder of transformers before tuning.
-        tuned: The folder after tuning.
+        base: The folder of transformers with the model before tuning.
+        tuned: The folder with the model after tuning.
         out: The adapter folder to write.
         rank: The rank of all sites; by default 16.
         energy: Instead of the rank: the share of the change to keep at each site, above 0 and at most 1.
@@ -84,7 +84,7 @@ def migrate(
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Show how an adapter fits a model with other names, as that of a newer transformers; write it so.
+    """Show how an adapter fits a model with other names, as in a newer transformers, and write it with these.
 
     Without --out nothing is written. Anything ambiguous is an error.
 
@@ -92,8 +92,8 @@ def migrate(
         folder: The adapter folder.
         to: The model to load it on.
         out: The folder to write, for PEFT, vLLM and others.
-        source: The model that the adapter was made for. It tells the parts of fused matrices, and the order
-            of execution.
+        source: The model that the adapter was made for. It helps to match the parts of fused matrices, and
+            the order of execution.
         force: Replace an adapter in the folder to write.
         as_json: Print every move as JSON.
     """
@@ -157,7 +157,7 @@ def convert(
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Make LoRA of an adapter of another method: LoHa, LoKr, OFT, IA3, VeRA and others, or a file of LyCORIS.
+    """Convert an adapter of another method to LoRA: LoHa, LoKr, OFT, IA3, VeRA and others, or LyCORIS files.
 
     The folder of a model of transformers is read one tensor at a time, so that models of any size fit.
 
@@ -168,7 +168,7 @@ def convert(
         rank: The rank of all sites; by default 16.
         energy: Instead of the rank: the share of the change to keep at each site. 1 is exact.
         budget: Instead of the rank: a number of parameters, or a size such as 20MB.
-        component: The part of a pipeline that the model is, such as unet, if several parts of a file fit.
+        component: The name of the model's part of a pipeline, such as unet, if several parts of a file fit.
         picture: Draw the loss of each site: .html, .svg, .dot, .graphml or .json.
         every: Show a line for each site.
         force: Replace an adapter in the folder.
@@ -251,8 +251,8 @@ def combine(
         folders: The adapter folders.
         out: The folder to write.
         weight: A number for each adapter, with commas; by default 1 for each.
-        kind: svd (the closest of a rank), cat (exact, the sum of the ranks), linear, ties, dare_ties and
-            others, as in PEFT.
+        kind: svd (the closest of a rank), cat (exact; the rank is the sum of the ranks), linear, ties,
+            dare_ties and others, as in PEFT.
         rank: For types with svd: the rank; by default the largest of the adapters.
         density: For types that drop elements: the share to keep.
         force: Replace an adapter in the folder.

@@ -80,7 +80,7 @@ def table(
 
 
 def facts(rows: Iterable[tuple[str, RenderableType]], style: str) -> Table:
-    """Return a grid of labels, in a style, and values."""
+    """Return a grid with a row for each label and value. The labels have a style."""
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     grid.add_column(style=style, no_wrap=True)
     grid.add_column(overflow="fold")
@@ -104,7 +104,8 @@ def progress(title: str, console: Console | None = None) -> Iterator[Advance]:
 
     Args:
         title: Title of the work.
-        console: Console of the bar, by default that for errors. Pass the console of simultaneous output.
+        console: Console of the bar; by default the console for errors. If other output is printed while the
+            bar is shown, pass its console.
     """
     console = console or error_console()
     columns = (

@@ -1,4 +1,4 @@
-"""Findings of ``lora-fx doctor``: installed packages and libraries, or a file's contents, and problems."""
+"""Examine the installation or an ONNX file for ``lora-fx doctor``, and print the findings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _packages_of_extras() -> dict[str, list[str]]:
     return packages
 
 
-# The provider opens this library itself at its first convolution, so it is not a listed dependency.
+# The CUDA provider opens this library at its first convolution, so it is not among its linked libraries.
 _CUDNN = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
 _BASE = ("torch", "networkx", "numpy", "safetensors")
 
@@ -61,7 +61,8 @@ def _python() -> Iterator[Finding]:
     for package in _BASE:
         version = _version(package)
         if version and package == "torch":
-            version = torch.__version__  # the metadata of a wheel may lack the build, as +cu130
+            # The metadata of a wheel may lack the build, such as +cu130.
+            version = torch.__version__
         state = State.OK if version else State.PROBLEM
         remedy = "" if version else f"pip install {package}"
         yield Finding(topic, package, state, version or "missing", remedy)
@@ -103,7 +104,7 @@ def _runtime() -> Iterator[Finding]:
     yield Finding(topic, "compiled in", State.OK, ", ".join(available))
     for short, name in providers.PROVIDERS.items():
         if short == "webgpu" and name not in available:
-            continue  # a separate wheel, which is only installed on purpose
+            continue  # it is in a separate wheel that few users need
         yield _provider(topic, runtime, short)
     if providers.PROVIDERS["cuda"] in available:
         yield from _libraries(runtime)
@@ -175,7 +176,7 @@ def _version(package: str) -> str:
 
 
 EXTRAS: Mapping[str, Sequence[str]] = _packages_of_extras()
-"""Packages of each extra of the project, without those of the extras that it includes."""
+"""Packages of each extra of the project. If an extra includes others, their packages are left out."""
 
 
 def show(findings: Sequence[Finding], problems: int) -> None:

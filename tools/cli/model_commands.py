@@ -1,4 +1,4 @@
-"""Commands on a model: plan, rewrite, merge, visualize, verify."""
+"""Commands on a model: plan, rewrite, merge, visualize, inspect, verify."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ def plan(
         look: How to capture.
         training: On which GPUs.
         sizing: Which ranks.
-        why: Say what happens to an operation, or to those in a module, and why. Takes a name or its end.
-        diff: Another configuration, as for --config: show the changes.
+        why: Say if an operation, or those in a module, would be adapted, and why. Takes a name or its end.
+        diff: Another configuration, as for --config: show how its plan differs.
         deploy: Check that every site can be trained for a storage: bf16, fp16, int8, int4, nf4, …
-        merge_into: Predict how large changes have to be to survive a merge into a storage, as for --deploy.
+        merge_into: Predict how large a change has to be to survive a merge into a storage, as for --deploy.
         every: One row for each site; by default equal layers share a row.
         as_json: Print everything as JSON.
     """
@@ -95,7 +95,7 @@ def plan(
     from lora_fx.api import plan as make_plan
     from lora_fx.tools.cli.tables import render_plan
 
-    # A prediction reads the weights.
+    # The prediction of --merge-into reads the weights. Otherwise names and shapes are enough.
     loaded = look.load(model) if merge_into is None else o.load(model)
     stored = store.planned(loaded)
     how = look.of(loaded)
@@ -136,9 +136,9 @@ class _Needs:
     """The needs of a training step of a plan, on the GPUs that the options name.
 
     Attributes:
-        need: The memory on each GPU; None without a mesh.
-        largest: The largest tensors of the step, if they were asked for.
-        fitting: The largest batches or contexts that fit, if they were asked for.
+        need: The memory and traffic of each GPU; None if the options ask for no plan of a step.
+        largest: The largest tensors at the peak, if the options ask for them.
+        fitting: The largest batches and contexts that fit on a card, if the options name one.
         text: True if the model takes texts, so that a context has tokens.
     """
 
@@ -156,7 +156,7 @@ class _Needs:
         training: o.Training,
         quantize: str | None,
     ) -> _Needs:
-        """Compute the needs of a plan. Without inputs, they are those of the model's name."""
+        """Compute the needs of a training step. By default, the example inputs are those of the model."""
         from lora_fx.tools.cluster import takes_text
 
         inputs = loaded.example_inputs if inputs is None else inputs
@@ -190,7 +190,7 @@ class _Needs:
 
 
 def _say_why(planned: Plan, name: str, as_json: bool) -> int:
-    """Print what becomes of an operation. Return the exit code: 1 if it is not adapted."""
+    """Print if operations are adapted, and why. Return the exit code: 1 if none is adapted."""
     reasons = planned.why(name)
     _answer(("operation", "what becomes of it"), reasons.items(), as_json)
     return int(not any(text.startswith(_TRAINED) for text in reasons.values()))
@@ -207,7 +207,7 @@ def _say_difference(both: Comparison, other: Path, as_json: bool) -> int:
 
 
 def _say_storage(loaded: LoadedModel, planned: QuantizationPlan | None) -> None:
-    """Print how weights will be quantized, and the format in which a folder has them unless dense."""
+    """Print how weights will be quantized. If a folder has quantized weights, print their format."""
     if planned is not None:
         console.say(planned.summary())
     if loaded.folder is not None and loaded.stored_in is not None:
@@ -242,8 +242,8 @@ def rewrite(
         region: Print the code of this module's forward; '' is the root.
         graph: With --region: print the nodes of the graph instead of the code.
         every: One row for each region; by default equal layers share a row.
-        print_after: Print the graph after this pass, of --region or of all regions; 'all' prints what each
-            pass has changed.
+        print_after: Print the graph of --region, or all graphs, after this pass; 'all' prints the changes of
+            each pass.
         out: Write all graphs: .html .svg .dot .graphml .json or .txt.
         force: Replace an existing file.
         as_json: Print the regions as JSON.
@@ -307,7 +307,7 @@ def _answer(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], as_json: 
 
 @dataclasses.dataclass
 class _Printer:
-    """Graphs after some passes, which are printed once no progress bar is on the screen."""
+    """Store of the graphs after some passes, to print them when the progress bar is gone."""
 
     passes: list[str]
     region: str | None
@@ -416,7 +416,7 @@ def merge(
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Fold an adapter into a model's weights, and report what rounding leaves of it.
+    """Fold an adapter into a model's weights, and report how much of its change is left after rounding.
 
     A folder of transformers is merged one tensor at a time, so that a model of any size fits; after an
     interruption, the same command continues. A quantized model is loaded, and becomes a dense one.
@@ -427,7 +427,7 @@ def merge(
         out: For hf: models a folder, for others a .safetensors file of the state dict.
         dtype: fp32, fp16 or bf16; by default the model's.
         requantize: Quantize merged weights of a quantized model again.
-        rounding: nearest, stochastic, or compensated: without inputs, which only lora_fx.merge takes.
+        rounding: nearest, stochastic or compensated. Only lora_fx.merge can use inputs for compensated.
         seed: The seed of stochastic rounding.
         every: Measure the error of every weight, and show it.
         force: Overwrite existing files.
@@ -498,7 +498,7 @@ def visualize(
         as_plan: Draw the plan: sites by name, and why other operations are not adapted.
         compare: Draw the plan and the rewritten model in one page; with --adapter, each adapter alone.
         original: The folder that a quantized model was made from: colors show what quantizing has lost.
-        provider: cpu, cuda or webgpu: where the nodes of an .onnx file are to run.
+        provider: cpu, cuda or webgpu: the provider on which the nodes of an .onnx file would run.
         as_format: model-explorer writes a .json that Google's Model Explorer loads, and ranks for it.
         force: Replace an existing file.
     """
@@ -564,7 +564,7 @@ def _file(path: str, provider: str) -> Any:
 
 
 def _format(name: str | None) -> Any:
-    """Return a format without its own suffix; :func:`lora_fx.visualize` refuses any other."""
+    """Return the value of ``--format``; :func:`lora_fx.visualize` raises if it is unknown."""
     return name
 
 
@@ -577,7 +577,7 @@ def _drawn(
     as_plan: bool,
     compare: bool,
 ) -> tuple[Any, Any]:
-    """Return the one or several objects that ``visualize`` draws, and example inputs if they are known."""
+    """Return the object or objects that ``visualize`` draws, and example inputs if they are known."""
     from lora_fx.adapters import set_adapter
     from lora_fx.api import capture
     from lora_fx.api import plan as make_plan
@@ -730,15 +730,15 @@ def verify(
     provider: str = "cpu",
     as_json: bool = False,
 ) -> None:
-    """Ask a file, a model or a server whether it applies an adapter; exit with 1 if it does not.
+    """Check if a file, a model or a server applies an adapter; exit with 1 if it does not.
 
     Args:
         folder: An adapter folder that was saved with receipt=.
-        onnx: An .onnx file; one that takes adapters is given this one.
+        onnx: An .onnx file. If it takes adapters, this adapter is loaded into it.
         model: A model that has the adapter in its weights.
         url: The address of a server that speaks OpenAI's protocol, as http://127.0.0.1:8000/v1.
-        name: The server's name for the adapter.
-        base_name: Its name for the base, if it does not list it.
+        name: The name that the server has for the adapter.
+        base_name: The name that the server has for the base, if it does not report it.
         provider: cpu or cuda, for a file.
         as_json: Print the result as JSON.
     """

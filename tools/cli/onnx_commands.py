@@ -46,29 +46,29 @@ def export(
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Write an ONNX file. It is put in place only after it was compared with PyTorch.
+    """Export a model to ONNX. The file gets its name only after it was compared with PyTorch.
 
     Args:
         model: The model.
         out: The .onnx file; with --target the folder.
-        adapter: An adapter folder: to merge, or for inputs and a bank to take the places from. For those
-            repeat it: each gets the name of its folder.
+        adapter: An adapter folder, to merge. With --adapters inputs or bank, it decides which operations take
+            an adapter; repeat it for several, each gets the name of its folder.
         task: text-generation (a decoder with its key-value cache) or text2text-generation (an
             encoder-decoder): a file for `lora-fx generate`. --target chooses it for a model that generates.
         target: genai (onnxruntime-genai), transformers.js, openvino or executorch: the folder that it loads.
         tokenizer: The folder of the tokenizer that goes into it; by default the model's.
-        adapters: merge; inline: next to the operations (the default over quantized weights); inputs: the base
-            model, which takes an adapter when it runs; bank: one that takes an adapter for each row.
+        adapters: merge; inline: branches next to the operations (the default over quantized weights); inputs:
+            a base model that takes an adapter when it runs; bank: one that takes an adapter for each row.
         max_adapters: With a bank, how many adapters there may be.
         max_rank: With a bank, their highest rank.
         required_inputs: Give no input a default, for browsers, Node, OpenVINO and tools that rewrite files;
             the adapters of a bank are then constants.
         dtype: fp32, fp16 or bf16; by default the model's.
         opset: ONNX opset; by default 20, or 22 for bf16.
-        optimize: standard: operators of ONNX, fast on every provider; runtime: those of ONNX Runtime as
+        optimize: standard: operators of ONNX, fast on every provider; runtime: operators of ONNX Runtime as
             well; none: the graph as PyTorch exports it.
-        provider: cpu, cuda or webgpu: what --optimize runtime is for; cpu by default.
-        quantize: int4 or int8: quantize the products of a dense model, but no factors.
+        provider: cpu, cuda or webgpu: the provider for --optimize runtime; cpu by default.
+        quantize: int4 or int8: quantize the matrix products of a dense model, but not the factors.
         verify: Compare ONNX Runtime with PyTorch.
         force: Overwrite existing files.
         as_json: Print the report as JSON.
@@ -126,8 +126,8 @@ def export_adapter(
     Args:
         folder: An adapter folder.
         out: The .onnx_adapter file.
-        base: The .onnx file that it is for: it is checked against that.
-        model: Its model, for adapters that depend on the base weights.
+        base: The .onnx file that the adapter is for: the adapter is checked against it.
+        model: The model of the adapter, for adapters that depend on the base weights.
         dtype: fp32, fp16 or bf16; not with --base.
         force: Overwrite existing files.
     """
@@ -169,7 +169,7 @@ def run(
         file: An .onnx file.
         provider: cpu, cuda or webgpu; there is no fallback.
         inputs: name=FILE.npy; by default random values. Repeat it.
-        sizes: axis=SIZE of a dynamic axis, where no --input has it. Repeat it.
+        sizes: axis=SIZE of a dynamic axis that no --input has. Repeat it.
         adapter: An .onnx_adapter file, or an adapter folder, to run with; or the name of one that is in the
             file's bank. Repeat it for a bank: one for each row of the batch, or none.
         output: Write the outputs to this .npz file.
@@ -312,7 +312,7 @@ def _read(file: str) -> Any:
 
 
 def _drawn(port: Any, sizes: dict[str, int], random: np.random.Generator) -> Any:
-    """Return random values that fit: 0 and 1 for integers (ids of any vocabulary), ones for a mask."""
+    """Return random values for an input: 0 and 1 for integers (valid as ids), and ones for a mask."""
     for index, axis in enumerate(port.shape):
         if isinstance(axis, str):
             # An axis has the same size in all inputs.
@@ -340,7 +340,7 @@ _MEASURES: dict[str, Callable[[Any], Any]] = {"min": np.min, "mean": np.mean, "m
 
 
 def _figures(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return dtype, shape and a few figures of arrays. An empty array has no figures."""
+    """Return dtype, shape and a few figures of arrays. Arrays that are not finite have no figures."""
     entries = {}
     for name, value in values.items():
         numbers = np.asarray(value.float() if hasattr(value, "float") else value)
@@ -391,16 +391,16 @@ def generate(
         ids: The tokens of a prompt: "1 2 3". Repeat it for a batch.
         text: A prompt, with --tokenizer. Repeat it for a batch.
         tokenizer: A local folder with a tokenizer of transformers.
-        inputs: name=FILE.npy: what else an encoder takes. Repeat it.
+        inputs: name=FILE.npy: another input of an encoder. Repeat it.
         provider: cpu, cuda or webgpu; there is no fallback.
         adapter: An .onnx_adapter file, or an adapter folder, to run with; or the name of one that is in the
             file's bank. Repeat it for a bank: one for each row of the batch, or none.
-        max_new_tokens: The default is the file's, or 20.
-        sample: Draw tokens, or take the likeliest.
-        temperature: Of the draws.
+        max_new_tokens: The largest number of new tokens; by default the number in the file, or 20.
+        sample: Draw tokens at random, or take the most likely ones.
+        temperature: The temperature of the draws.
         top_k: Draw from this many tokens; 0 for all.
-        top_p: Draw from the likeliest tokens up to this total probability.
-        seed: Of the draws.
+        top_p: Draw from the most likely tokens up to this total probability.
+        seed: The seed of the draws.
         as_json: Print tokens, text and times as JSON.
     """
     _check_prompt(ids, text, tokenizer)

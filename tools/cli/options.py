@@ -66,7 +66,7 @@ _ENTRY = re.compile(r"    (?P<name>\w+): (?P<help>.*)")
 
 
 class TypedError(ConfigError):
-    """An error in typed input whose message already uses the words of the command line."""
+    """An error in typed input whose message already names options instead of Python arguments."""
 
 
 class Options:
@@ -78,13 +78,13 @@ class Options:
 def command(**special: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn a function into a command.
 
-    A parameter without a default is an argument. A parameter with a default is an option of its name. A
-    group of options stands for its fields. The help of each comes from the docstring. A flag that is
-    off by default has no opposite.
+    A parameter without a default becomes an argument. A parameter with a default becomes an option with the
+    same name. A group of options becomes an option for each field. The help comes from the docstring. A flag
+    that is off by default has no opposite (``--no-...``).
 
     Args:
-        special: Settings by parameter: its ``name`` or names on the command line if they differ,
-            ``argument`` to make a parameter with a default an argument, and further arguments of
+        special: Settings for parameters, by name. ``name`` is another name, or several, on the command line.
+            ``argument`` makes a parameter with a default an argument. All others are arguments of
             ``typer.Option`` or ``typer.Argument``.
     """
 
@@ -168,12 +168,12 @@ class Adapters(Options):
     Attributes:
         r: Rank of the adapters; 8 by default.
         alpha: The branch is scaled by alpha / r.
-        dropout: Of the adapters' input, in [0, 1).
-        target: Name of an operation or its last part, or all-linear. Repeat it, or use commas. Without
-            it: every linear operation but the output head and routers.
+        dropout: Dropout probability for the input of the adapters, in [0, 1).
+        target: Name of an operation or its last part, or all-linear. Repeat it, or use commas. By default
+            every linear operation but the output head and routers.
         target_regex: A regular expression for whole names.
-        exclude: Not these; as --target.
-        scope: Only what lies in this module (model.language_model). Repeat it, or use commas.
+        exclude: Names not to adapt, written as for --target.
+        scope: Adapt only operations in this module (model.language_model). Repeat it, or use commas.
         modules_to_save: Modules that are trained in full.
         rslora: Scale by alpha / sqrt(r).
         bias: Train biases: none, all, lora_only.
@@ -231,9 +231,9 @@ class Capturing(Options):
     """Options for the capture of a model.
 
     Attributes:
-        frontend: auto, symbolic, regions or export; export takes the inputs that hf: and timm: models
-            say they take, or --inputs.
-        inputs: A callable that gives example inputs: a tuple, a dict or a tensor.
+        frontend: auto, symbolic, regions or export; export uses --inputs, or the inputs that are known for
+            hf: and timm: models.
+        inputs: A callable that returns example inputs: a tuple, a dict or a tensor.
     """
 
     PANEL = "How to look at the model"
@@ -253,8 +253,8 @@ class Capturing(Options):
     def of(self, loaded: LoadedModel) -> dict[str, Any]:
         """Return the keyword arguments of the capture for the library's functions.
 
-        A model's own inputs are used if a graph needs inputs. Those of ``--inputs`` are always used, and
-        with them the result is compared with the model.
+        The inputs that are known for a model are used only if the frontend needs inputs. The inputs of
+        ``--inputs`` are always used, and the result is compared with the model on them.
 
         Raises:
             ConfigError: If ``--inputs`` does not name a callable.
@@ -283,14 +283,15 @@ class Training(Options):
             and tp=2 cuts layers over 2.
         batch: Samples that each GPU, or each group of tp, gets in a step.
         sequence: Tokens of a sample, for a model of text.
-        dtype: Of the weights: bf16, fp16 or fp32.
+        dtype: Dtype of the weights: bf16, fp16 or fp32.
         checkpointing: Compute blocks again in the backward instead of keeping their activations.
         base: Format of the frozen weights: one of --quantize (the default), or mxfp4, fp8 or gptq as
             checkpoints have them.
         memory: As in lora_fx.rewrite: fast, balanced, or least for the longest sequences.
         optimizer: adamw, adamw_8bit, paged_adamw, paged_adamw_8bit or sgd.
-        fit: Say the longest context and the largest batch that fit on a card: 24GB, 16GiB.
-        host: Memory of the host for --fit, which holds the inputs of blocks: 64GB. No limit by default.
+        fit: Show the longest context and the largest batch that fit on a card: 24GB, 16GiB.
+        host: Limit for the memory of the host, which holds the inputs of blocks, with --fit: 64GB. No limit
+            by default.
         timeline: Write a page with the live bytes of the step, on one GPU without --mesh: FILE.html.
     """
 
@@ -314,7 +315,7 @@ class Training(Options):
         return self.mesh is not None or self.timeline is not None
 
     def settings(self, quantize: str | None) -> Settings:
-        """Return the settings of the step, over weights in a format or dense ones."""
+        """Return the settings of the step. ``quantize`` is the format of ``--quantize``, or None."""
         from lora_fx.tools.cluster import Settings
 
         memory: Any = self.memory or "fast"
@@ -393,7 +394,7 @@ class Training(Options):
     def fitting(
         self, loaded: LoadedModel, config: LoraConfig, quantize: str | None
     ) -> Sequence[Fit]:
-        """Return what fits on the card, or nothing if the options name no card.
+        """Return the contexts and batches that fit on the card, or nothing if the options name no card.
 
         Raises:
             ConfigError: If the model takes no text, or its weights alone do not fit.
@@ -483,10 +484,10 @@ class Sizing(Options):
     """Options for the size of an adapter.
 
     Attributes:
-        tokens: Tokens of the training data: compare them with the capacity of the adapter, and advise a
-            learning rate.
-        budget: Choose the rank of each site within a size (20MB) or a number of parameters, from the
-            gradients of --inputs: a batch with labels.
+        tokens: Number of tokens in the training data: compare it with the capacity of the adapter, and
+            advise a learning rate.
+        budget: Choose the rank of each site within a size (20MB) or a number of parameters. The gradients on
+            --inputs, a batch with labels, decide.
         out: Write the configuration with the ranks of --budget, for --config: FILE.json.
     """
 
@@ -534,10 +535,10 @@ class Sizing(Options):
         return {"tokens": self.tokens, "budget": budget, "inputs": [inputs]}
 
     def write(self, chosen: LoraConfig, before: LoraConfig) -> LoraConfig:
-        """Write the configuration of a plan if that is asked for.
+        """Write the configuration with the ranks of a budget to the file of ``--out``.
 
         Returns:
-            The configuration with the ranks of a budget, or the one from before.
+            The configuration with the ranks of a budget; ``before`` without a budget.
         """
         if self.budget is None:
             return before
@@ -574,8 +575,8 @@ class Storing(Options):
         """Return the quantization plan, or None without ``--quantize``.
 
         Raises:
-            QuantizationError: If the model is already quantized. A model of a folder has no weights here,
-                so only its configuration shows that.
+            QuantizationError: If the model is already quantized. This is read from the configuration of its
+                folder, because the weights are not loaded here.
         """
         from lora_fx.adapters import plan_quantization
 
@@ -590,10 +591,10 @@ class Storing(Options):
             return plan_quantization(loaded.model, self.quantize)
 
     def load(self, name: str, look: Capturing) -> LoadedModel:
-        """Load a model and quantize it if requested, under progress bars.
+        """Load a model and quantize it if requested, and show progress bars.
 
-        The weights of a folder of transformers are read one by one, if the folder names them as the model
-        does. Other models are loaded as a whole.
+        The weights of a folder of transformers are read one by one, if their names are those of the model.
+        Other models are loaded as a whole.
 
         Raises:
             ConfigError: If the frontend does not support quantized models.
@@ -624,12 +625,12 @@ class Storing(Options):
 
 
 def load(name: str, *, weights: bool = True, adapter: Path | None = None) -> LoadedModel:
-    """Load a model under a progress bar, of the class that an adapter was trained on, if one is given."""
+    """Load a model and show a progress bar. With an adapter, load the class that it was trained on."""
     with console.progress(f"loading {name}"):
         return load_model(name, weights=weights, adapter=adapter)
 
 
-# Checks of what was typed. Commands call them before they import PyTorch, which takes seconds, or load a
+# Checks of typed input. Commands call them before they import PyTorch, which takes seconds, or load a
 # model, which may take minutes.
 
 
@@ -800,7 +801,7 @@ def loaded_adapters(session: Any, sources: Iterable[str] | None) -> str | list[s
 
 
 def _missing(path: Path, known: Sequence[str]) -> str:
-    """Return the message for an adapter that is neither in a session nor on the disk."""
+    """Return the error message for an adapter that is neither in a session nor on the disk."""
     exist = [f"{name} (in the file)" for name in known]
     exist += map(str, [*adapters_below(path.parent), *sorted(path.parent.glob("*.onnx_adapter"))])
     if exist:
@@ -808,7 +809,7 @@ def _missing(path: Path, known: Sequence[str]) -> str:
     return f"{path}: there is no such adapter: lora-fx export-adapter writes one"
 
 
-# Keyword arguments, except inside a call, which stays Python.
+# Keyword arguments in a message. Those inside a call are not matched, because a call stays Python code.
 _ARGUMENT = re.compile(
     r"(?<![\w.(])(?<!, )(?P<name>\w+)=(?P<value>'[^'\s]*'|True|False|\d+(?:\.\d+)?\b)"
 )
@@ -819,13 +820,13 @@ _COMMANDS = {
     'load_adapter(..., match="graph") loads it': "lora-fx migrate ADAPTER --to MODEL --out DIR writes it",
     "source=the_old_model": "--from MODEL",
 }
-"""Commands by the Python code that does the same."""
+"""Commands, by the Python code that has the same effect."""
 
 
 def as_options(message: str, commands: Iterable[Any]) -> str:
-    """Replace ``adapters='inputs'`` by ``--adapters inputs`` if a command has such an option.
+    """Replace ``adapters='inputs'`` by ``--adapters inputs`` in a message, if a command has such an option.
 
-    Python code that a command does is replaced by the command.
+    Python code that has the same effect as a command is replaced by the command.
 
     Args:
         message: Message of an error.

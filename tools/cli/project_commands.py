@@ -38,7 +38,7 @@ _INDENT = 8
 
 @o.command(file={"argument": True})
 def doctor(file: Path | None = None, strict: bool = False, as_json: bool = False) -> None:
-    """Show versions, ONNX Runtime's providers, each CUDA library, wheels in conflict, extras.
+    """Show versions, extras, ONNX Runtime's providers, CUDA libraries, and conflicts of wheels.
 
     Args:
         file: An .onnx file to examine instead: its operators and weights, and whether its adapter
@@ -101,7 +101,7 @@ def demo(
     Args:
         full: More text, and a comparison with the frozen encoder: minutes.
         quick: The default.
-        out: The folder to write; an earlier demo's is replaced.
+        out: The folder to write; the folder of an earlier demo is replaced.
         force: Overwrite existing files.
     """
     screen = console.output()
@@ -158,12 +158,12 @@ def bench(
     """Measure rewrites, training steps and merges against PEFT and others, and write the page. Needs a clone.
 
     Args:
-        only: A section to run, as the error for a wrong name lists them; repeatable.
-        repeats: Counted runs of each contender; 10, and 3 with --quick.
+        only: A section to run; a wrong name lists all sections; repeatable.
+        repeats: Counted runs of each contender; by default 10, or 3 with --quick.
         quick: Smaller shapes and few repeats: about two minutes.
         peer_env: An environment of olive, optimum or genai; .peers/NAME by default;
             repeatable.
-        out: The page to write, replaced if it is there; docs/benchmarks.md if all of it runs, else none.
+        out: The page to write, or to replace. By default docs/benchmarks.md if all sections run, else none.
     """
     _check_clone("bench")
     from lora_fx.tools.bench.export_peers import set_environments
@@ -208,13 +208,13 @@ def zoo(
         jobs: How many models run at a time.
         timeout: Seconds that one model may take.
         onnx: Whether to export; most of the time goes there.
-        optimize: Fusions in exports: none or standard; runtime runs nothing but an export with the
-            operators of ONNX Runtime, with a cache if the model generates text.
-        out: The page to write; docs/zoo.md if the whole zoo runs with standard fusions, else none.
-        rows: Keep all rows in this file, JSON: rows of models that do not run stay, and results of parts
-            that do not run. zoo.json next to the page by default.
-        resume: Leave out models that --rows has all asked parts of.
-        since: With --resume: only if they are of this day (2026-11-30) or later.
+        optimize: Fusions in exports: none or standard. With runtime, only an export with the operators of
+            ONNX Runtime runs, with a cache if the model generates text.
+        out: The page to write. By default docs/zoo.md if the whole zoo runs with standard fusions, else none.
+        rows: JSON file with all rows. Rows of models, and results of parts, that do not run now are kept. By
+            default zoo.json next to the page.
+        resume: Leave out models for which --rows has all parts.
+        since: With --resume: count only parts of this day (2026-11-30) or later.
     """
     _check_clone("zoo")
     from lora_fx.export.fuse import Level
@@ -264,10 +264,10 @@ def zoo(
 
 
 def _check_clone(command: str) -> None:
-    """Raise if the code of a command is not there, because lora-fx was installed from a wheel.
+    """Raise if the code of a command is not installed, as when lora-fx was installed from a wheel.
 
     Raises:
-        ConfigError: It says where the command runs.
+        ConfigError: If it is not. The message says where the command runs.
     """
     if not is_installed(f"lora_fx.tools.{command}"):
         raise ConfigError(

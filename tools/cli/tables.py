@@ -1,4 +1,4 @@
-"""Tables for the terminal: a plan, and the report of an export."""
+"""Tables for the terminal: plans, the needs of a training step, heat maps, and reports of an export."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "render_plan",
 ]
 
-# Columns that a narrow terminal omits, in this order, as positions in Plan.columns.
+# Positions in Plan.columns of the columns that a narrow terminal omits, the first to omit first.
 _OPTIONAL = (7, 6, 1, 4, 2)
 _GAP = 2
 _LISTED = 12
@@ -75,7 +75,7 @@ def _sites(plan: Plan, width: int, every: bool) -> Iterator[RenderableType]:
     left_out = [columns[i] for i in range(len(columns)) if i not in shown and columns[i] != "sites"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i in shown:
-        # Names and patterns read from the left, numbers from the right.
+        # Names and patterns are left-aligned, numbers are right-aligned.
         justify: Literal["left", "right"] = "right" if i > 2 else "left"
         style = "cyan" if i == 0 else ""
         table.add_column(columns[i], justify=justify, no_wrap=i > 0, overflow="fold", style=style)
@@ -115,7 +115,7 @@ def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterat
 def render_need(
     need: Need, training: Training, largest: Sequence[Row], *, text: bool
 ) -> RenderableType:
-    """Render the output about a training step below the plan: a GPU's memory and traffic.
+    """Render the memory and traffic of a GPU in a training step, to print it below the plan.
 
     Args:
         need: Memory and traffic of a GPU.
@@ -183,7 +183,7 @@ def render_fits(rows: Sequence[Fit], training: Training) -> RenderableType:
 
 
 def dict_of_fit(fit: Fit) -> dict[str, Any]:
-    """Return what fits as plain containers, ready for JSON."""
+    """Return a fit as plain containers, ready for JSON."""
     settings = {**dataclasses.asdict(fit.settings), "dtype": str(fit.settings.dtype)}
     need = dataclasses.asdict(fit.need)
     return {"settings": settings, "context": fit.context, "batch": fit.batch, "need": need}
@@ -289,7 +289,7 @@ def render_export(report: ExportReport) -> RenderableType:
     Args:
         report: Result of ``export_onnx``.
     """
-    # With a task, fixed axes are a fact of the model, and the user did not request other ones.
+    # An export for a task chooses the axes itself, so the user cannot change the fixed ones.
     fixed = report.fixed_axes if report.task is None else {}
     parts: list[RenderableType] = [
         console.facts(_facts(report), "dim"),

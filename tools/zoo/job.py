@@ -1,7 +1,8 @@
-"""The zoo's job on one model: plan, rewrite, judge, train, merge, count, export. It returns one row.
+"""Run all stages of the zoo on one model: plan, count, rewrite, judge, train, merge, export.
 
-Stages fail separately: an error of a stage is a line in the row, and stages that do not need its result still
-run.
+To judge a rewritten model is to compare it with the *dense oracle*: a copy of the original whose weights are
+``W + s·BA``. Stages fail separately. An error of a stage is stored in the row, and stages that do not need
+its result still run.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class _Job:
         return planned
 
     def count(self, model: nn.Module, inputs: Inputs, planned: Plan) -> None:
-        # On a copy, because some models count their calls.
+        # Use a copy, because some models change their state in each call.
         count = count_weights(copy.deepcopy(model), *normalize(inputs))
         self.row.counted = len(count.direct) + len(count.computed)
         self.row.unseen = list(unseen(count, planned))
@@ -191,7 +192,7 @@ class _Job:
         self.row.output_error = difference(outputs, reached.reference)
         self.row.train_error = _train_error(model, adapted, inputs)
         if self.row.train_error > MERGE_TOLERANCE:
-            # Batch norm over two values can amplify a rounding without limit, so compare again in fp64.
+            # Batch norm over two values can amplify rounding errors without limit, so compare in fp64.
             exact = _where_fp64_runs(lambda: _train_error(model, adapted, inputs, double=True))
             self.row.train_error = self.row.train_error if exact is None else exact
 
@@ -206,7 +207,7 @@ class _Job:
         row.dtype = str(dtype).removeprefix("torch.")
 
     def judge_regions(self, model: nn.Module, reached: Reached) -> None:
-        """Judge the layers below a graph of the whole model, which run in calls of other forms."""
+        """Judge the graphs of the layers, which run if a call does not fit the graph of the whole model."""
         verdict, _ = judge_sites(self.entry, model, reached, self.config, examples=False)
         self.row.regions_judged = len(verdict.judged) + len(verdict.unreached)
         self.row.regions_passed_by = verdict.passed_by
@@ -289,7 +290,7 @@ def _task_of(model: Any, inputs: Inputs) -> GenerationTask | None:
 
 
 def _prompt(inputs: Inputs) -> Inputs:
-    """Return the inputs that an export with a cache takes from a call; it makes the others itself."""
+    """Return the inputs of a call that an export with a cache needs. The export makes the others."""
     assert isinstance(inputs, Mapping)
     kept = "decoder_input_ids" in inputs
     return {
@@ -322,7 +323,7 @@ def _merge_error_fp64(adapted: nn.Module, inputs: Inputs) -> float:
 
 
 def _where_fp64_runs(measure: Callable[[], float]) -> float | None:
-    """Return the measurement, or None for a model that contains hard-coded fp32."""
+    """Return the measurement, or None for a model that fails in fp64, because it has hard-coded fp32."""
     try:
         return measure()
     except (RuntimeError, TypeError, ValueError):
@@ -376,15 +377,15 @@ class Reached:
 def judge_sites(
     entry: Entry, model: nn.Module, reached: Reached, config: LoraConfig, *, examples: bool = True
 ) -> tuple[Verdict, torch.dtype]:
-    """Compare every site with the dense oracle, in fp64 if the model runs in it.
+    """Compare every site with the dense oracle, in fp64 if the model can run in fp64.
 
-    In eval mode, so that no layer is skipped at random. The model is rewritten again, because a graph of
-    the whole model is specific to the dtype of its trace.
+    The models are in eval mode, so that no layer is skipped at random. The model is rewritten again, because
+    a graph of the whole model is specific to the dtype in which it was traced.
 
     Args:
         entry: The model's entry.
         model: The original; it is copied.
-        reached: The call and the original's result.
+        reached: The call and the output of the original model.
         config: Configuration of the rewrite.
         examples: True to pass the inputs of the call to ``rewrite``.
 
@@ -403,8 +404,8 @@ def judge_sites(
 def in_fp64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, torch.dtype] | None:
     """Return copies of a model and its inputs in fp64, and the narrowest dtype that it computes in.
 
-    Return None for a model with hard-coded fp32 that does not run in fp64 or has outputs that are not finite.
-    For example, a mask of fp32's least number works differently in fp64.
+    Return None for a model that does not run in fp64, or whose outputs are not finite in fp64. A cause is
+    hard-coded fp32. For example, a mask with the least number of fp32 has another effect in fp64.
     """
     exact, doubled = copy.deepcopy(model).double(), in_double(inputs)
     try:
@@ -421,16 +422,16 @@ def in_fp64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, torch.
 def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, float]:
     """Train twenty steps of AdamW on one batch, in eval mode.
 
-    A model of random weights may have arbitrarily steep losses. If the loss rises, training restarts
+    The loss of a model with random weights may be arbitrarily steep. If the loss rises, training restarts
     with a smaller learning rate.
 
     Args:
         entry: The model's entry.
         adapted: The rewritten model, which is trained.
-        built: The call and the original's result.
+        built: The call and the output of the original model.
 
     Returns:
-        The loss before the first step and after the last.
+        The loss before the first step and after the last step.
     """
     adapted.eval()
     parameters = list(trainable_parameters(adapted))
@@ -495,11 +496,11 @@ class Verdict:
         unreached: Sites whose weight has no gradient in the oracle, because the call does not run them or
             drops their result.
         passed_by: Sites whose adapter has no gradient or a wrong one, each with a description.
-        followers: Number of further sites that differ only because of those.
+        followers: Number of other sites that differ only because of the sites in `passed_by`.
         stray: Parameters that have a gradient and belong to no adapter.
         errors: Largest relative difference of each site's gradients from the oracle's.
         output_error: Largest relative difference of an output from the oracle's.
-        tolerance: Largest allowed value of both.
+        tolerance: Largest allowed value of `errors` and of `output_error`.
     """
 
     tolerance: float
@@ -552,7 +553,7 @@ def judge(original: nn.Module, adapted: nn.Module, run: Run, dtype: torch.dtype)
     Args:
         original: The model that was rewritten; it is copied.
         adapted: The rewritten model; its factors get new random values.
-        run: Calls either model.
+        run: Function that calls a model and returns its output and a loss.
         dtype: The narrowest dtype that the model computes in.
 
     Returns:
@@ -563,7 +564,8 @@ def judge(original: nn.Module, adapted: nn.Module, run: Run, dtype: torch.dtype)
     """
     verdict = _verdict(original, adapted, run, dtype, _SHARE)
     if verdict.passed_by:
-        # A bypassed adapter also changes the gradients of others, in proportion to ΔW.
+        # An adapter without effect also changes the gradients of other adapters, in proportion to ΔW. With a
+        # tiny ΔW, only the sites that are wrong themselves still differ.
         near = _verdict(original, adapted, run, dtype, _FAINT)
         causes = {n: how for n, how in near.passed_by.items() if near.errors[n] > math.sqrt(_FAINT)}
         verdict.followers = len(verdict.passed_by.keys() - causes.keys()) if causes else 0
@@ -624,7 +626,7 @@ def dense(original: nn.Module, adapted: nn.Module) -> nn.Module:
             total = site.applied(weight).clone()
             rows_of(site, total).add_(branch.change(*branch.pair).to(total))
             if site.tied_to:
-                # The adapter applies only to this use of a tied weight.
+                # The adapter applies only to this use of a tied weight, so untie it.
                 weight = nn.Parameter(weight.detach().clone())
                 setattr(oracle.get_submodule(site.owner), site.parameter, weight)
             weight.copy_(site.stored(total))
@@ -678,7 +680,7 @@ def _compare(
     adapted: nn.Module, expected: dict[int, torch.Tensor], verdict: Verdict, eps: float
 ) -> None:
     branches = list(_places(adapted))
-    # Separately for A and B, because B is small and so A has small gradients.
+    # The largest gradients of A and of B are separate, because B is small, so that A has small gradients.
     largest = [
         max((_largest(expected.get(id(branch.pair[side]))) for branch in branches), default=0.0)
         for side in (0, 1)
@@ -694,7 +696,8 @@ def _compare(
             silent = silent and _largest(factor.grad) == 0.0
             wanted = torch.zeros_like(factor) if wanted is None else wanted
             gradient = torch.zeros_like(factor) if factor.grad is None else factor.grad
-            # If large terms cancel, the remainder is rounding, and is compared relative to the large terms.
+            # If large terms of a gradient cancel, rounding errors remain. So small gradients are compared
+            # relative to the largest gradient.
             scale = max(
                 size, _ROUNDINGS * verdict.tolerance * most, torch.finfo(torch.float64).tiny
             )
@@ -750,7 +753,7 @@ def in_double(value: Any) -> Any:
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Return everything that must not change: values, modes, gradients, modules and their classes."""
+    """Return the state that a rewrite must not change: values, modes, gradients, modules and classes."""
     prints = {
         f"class of {name or 'root'}": type(module).__qualname__
         for name, module in model.named_modules()

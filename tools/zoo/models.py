@@ -47,7 +47,8 @@ class Entry:
             numbers.
         targets: Modules to adapt; by default every linear operation but the head.
         note: Expected peculiarity of this model; shown in the table.
-        wide: Makes it twice as wide, so that its heads fit the operators of runtimes. None keeps the width.
+        wide: Makes the model twice as wide, so that its attention heads fit the operators of runtimes. None
+            keeps the width.
     """
 
     name: str
@@ -89,10 +90,11 @@ def images(size: int = 32, channels: int = 3) -> torch.Tensor:
 
 
 def wake(model: nn.Module) -> nn.Module:
-    """Replace constant parameters by random values, in place. Behind a zero, no adapter has an effect.
+    """Replace constant parameters by random values, in place.
 
-    Layer scales, the last norm of a residual branch, heads and gates start at zero or near it. The loss of
-    a bias of zeros, or of a norm's gain of ones, would go unnoticed.
+    Layer scales, the last norm of a residual branch, heads and gates start at zero or near it. An adapter
+    whose output is multiplied by zero has no effect. If a rewrite dropped a bias of zeros, or a norm's gain
+    of ones, no test would notice it.
 
     Returns:
         The model.
@@ -136,10 +138,10 @@ def _vary(parameter: nn.Parameter, name: str) -> None:
 
 
 def _settle_statistics(model: nn.Module, inputs: Inputs) -> None:
-    """Set batch norm's statistics halfway to those of the inputs.
+    """Set the statistics of batch norm to the mean of their initial values and the statistics of the inputs.
 
-    The other half stays at the initial value. Two images at one pixel each have hardly a variance, and
-    dividing by it would amplify every rounding.
+    Two images of one pixel have almost no variance. Dividing by this variance alone would amplify rounding
+    errors.
     """
     norms = [
         m
@@ -304,7 +306,7 @@ class Classifier(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM, whose weights are no sites, and a linear head, whose weight is one."""
+    """An LSTM, whose weights cannot be adapted, and a head of linear layers, which can."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -601,7 +603,7 @@ def _options(row: Any, shared: Mapping[str, Any], library: str) -> Any:
         options |= {name: _options(value, shared, library) for name, value in own.items()}
         return options.pop("make")(**options) if "make" in options else options
     if isinstance(row, list):
-        # These libraries need tuples, the others lists.
+        # timm and diffusers need tuples, the other libraries need lists.
         kind = tuple if library in ("timm", "diffusers") else list
         return kind(_options(value, shared, library) for value in row)
     if isinstance(row, str) and ":" in row:
@@ -657,7 +659,8 @@ def inputs_of(words: str) -> Inputs:
     """Return the arguments of one call.
 
     Args:
-        words: A name in ``inputs.toml``, in this module, or of one tensor, then its numbers.
+        words: A name and its numbers. The name is an entry in ``inputs.toml``, or a kind of inputs or of
+            tensor in this module.
     """
     name, _, numbers = words.partition(" ")
     if name in _ASSEMBLED_INPUTS:
@@ -710,8 +713,8 @@ def _image_tokens(patches: int) -> dict[str, Any]:
 
 
 def _prompted_image() -> dict[str, Any]:
-    # As its processor sets them: 0 for the prompt, 1 for the expected answer. Without them and without
-    # padding, its attention under SDPA differs (docs/internals/export.md, Parity).
+    # As the processor of the model sets them: 0 for the prompt, 1 for the expected answer. Without them and
+    # without padding, the attention of the model under SDPA differs (docs/internals/export.md, Parity).
     kinds = (torch.arange(8) > 5).long().expand(2, 8).contiguous()
     return {**_image_tokens(4), "token_type_ids": kinds}
 
@@ -802,4 +805,4 @@ ASSEMBLED: Mapping[str, Callable[[], Built]] = {
     "torchvision/mvit": _mvit,
     "torchvision/RetinaNet head": _retina_head,
 }
-"""Builders of models by the name of the entry."""
+"""Builders of models that a table cannot describe, by the name of the entry."""

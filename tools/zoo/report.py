@@ -70,15 +70,15 @@ class Row:
 
     Attributes:
         name, group, note: Fields of the entry.
-        stage: The stage that began last, in which the process was lost if it was.
+        stage: The stage that began last. If the process was lost, it was lost in this stage.
         model: Class of the model.
         parameters: Number of elements of the model's parameters.
         frontend: The front-end that captured the model. ``frontend_notes`` says why others did not.
-        found, adapted, rejected: Numbers of linear operations.
+        found, adapted, rejected: Number of linear operations, and of those adapted and refused.
         reasons: The reason of each rejected operation, by its name.
         output_error: Difference of the rewritten model from the original, in eval mode; 0 means equal bits.
         train_error: The same difference in train mode, with the same seed.
-        argument: Changes of the job in the argument of ``rewrite``, or "".
+        argument: Changes that the job made to the model that was passed to ``rewrite``, or "".
         judged: Number of sites that were compared with the dense oracle, each by its own gradients.
         unreached: Sites whose weight has no gradient in the original either, because the call does not run
             them or drops their result.
@@ -86,13 +86,13 @@ class Row:
         stray: Parameters that got a gradient and belong to no adapter.
         oracle_error: Difference of the outputs from the oracle's, at random A and B.
         gradient_error: Largest relative difference of a gradient from the oracle's.
-            ``gradient_worst`` is its site.
-        tolerance: Largest allowed value of both.
+            ``gradient_worst`` is the site with this gradient.
+        tolerance: Largest allowed value of ``oracle_error`` and of ``gradient_error``.
         dtype: Dtype of the comparison.
-        regions_judged: If a graph of the whole model was captured, the number of sites also compared without
-            it: rewritten without example inputs, as calls of other forms run.
+        regions_judged: If a graph of the whole model was captured, the number of sites that were also
+            compared without this graph, in a model that was rewritten without example inputs.
             ``regions_passed_by`` has the sites that are wrong, with a description.
-        losses: Loss before the first step and after the last.
+        losses: Loss before the first step and after the last step.
         merge_error: Difference of the merged model from the adapted one. ``merge_error_fp64`` is the same in
             fp64, measured if fp32 exceeds the tolerance.
         own_class: True if the merged model has the original's classes and parameter names.
@@ -102,7 +102,7 @@ class Row:
         exported: True if ``export_onnx`` exports the merged model, with parity.
         parity: Largest relative difference between the file and PyTorch.
         fewer_fusions: The reason why the file has fewer fusions than requested.
-        runtime: File of ``optimize="runtime"`` by task; "" is a file of the model's ordinary call.
+        runtime: Files of ``optimize="runtime"`` by task; the key "" is the file without a task.
         errors: Error of each failed stage, in one line.
         dates: Day on which each part was run.
         seconds: Time of each stage.
@@ -177,7 +177,8 @@ class Row:
         """Return True if the merged model equals the adapted one and has the user's own class."""
         if self.merge_error is None or not self.own_class:
             return False
-        # A deep network of random weights may amplify roundings. fp64 tells them from errors.
+        # A deep network of random weights may amplify rounding errors. In fp64 these become small. A wrong
+        # merge still differs.
         exact = self.merge_error_fp64 is not None and self.merge_error_fp64 <= 1e-9
         return self.merge_error <= MERGE_TOLERANCE or exact
 
@@ -191,7 +192,7 @@ class Row:
         return row
 
     def with_others_of(self, earlier: Row) -> Row:
-        """Return this row, completed by an earlier row: results of parts that did not run this time."""
+        """Return this row with the results of an earlier row for the parts that did not run this time."""
         kept = dataclasses.replace(self if PARTS[0] in self.dates else earlier, stage="")
         for part, names in _FIELDS.items():
             for name in names:
@@ -208,7 +209,7 @@ class Row:
 
     @property
     def job_seconds(self) -> float:
-        """Return the seconds without the exports with operators of ONNX Runtime."""
+        """Return the seconds of all stages except exports with the operators of ONNX Runtime."""
         return sum(_others(self.seconds, PARTS[2:]).values())
 
 
@@ -224,7 +225,7 @@ def _others(stages: Mapping[str, V], parts: Collection[str]) -> dict[str, V]:
 
 
 def scrubbed(text: str) -> str:
-    """Return a text without the machine's folders. The text may end, or be cut, within a path."""
+    """Return a text without paths of the machine. The text may be cut within a path."""
     text = re.sub(r"\s*(?:File )?\"/[^\"\s;]*(?=$|;)", "", text)  # cut before the second quote
     text = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/(?=[\w.])", "", text)
     return re.sub(r"\s*(?<![\w.])/\w[\w.+-]*(?=$|;)", "", text)
@@ -310,7 +311,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def exceptions(rows: Sequence[Row]) -> list[str]:
-    """Return everything that is not as it should be, with its cause, in one line each."""
+    """Return a line for each problem of a row, with its cause."""
     return [
         f"{row.name}: {line}" + (f" ({row.note})" if row.note else "")
         for row in rows
@@ -445,7 +446,7 @@ def _yes_no(value: bool | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escape an error for a table, without the machine's folders. ``[1](x)`` is no link there."""
+    """Escape an error for a Markdown table, without paths. ``[1](x)`` must not become a link."""
     return re.sub(r"([\[\]*`|])", r"\\\1", scrubbed(text)).replace("<", "&lt;")
 
 

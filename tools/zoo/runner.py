@@ -1,8 +1,7 @@
-"""All entries of the zoo, their selection, and their jobs, each in its own process.
+"""List and select the entries of the zoo, and run the job of each entry in a separate process.
 
-A crash or a hang costs only one row.
-
-The processes are forked from a server that has imported the heavy packages, so that they start quickly.
+If a process crashes or hangs, only the row of its model is lost. The processes are forked from a server that
+has imported the heavy packages, so that they start quickly.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def find(name: str) -> Entry:
-    """Return the entry of that name.
+    """Return the entry with a name.
 
     Raises:
         ConfigError: If there is no such entry; the message has the nearest names.
@@ -138,7 +137,7 @@ def run_jobs(
         finished: Called with each row when it is finished.
 
     Returns:
-        One row per entry, in their order. The row of a lost process has the reason as the error of its stage.
+        A row for each entry, in the same order. If a process was lost, the row has an error with the reason.
     """
     context = _context(options.preload)
     waiting, running = list(reversed(entries)), list[_Running]()
@@ -229,7 +228,8 @@ class _Running:
 
 
 def _work(name: str, options: Options, results: Connection) -> None:
-    # ONNX Runtime writes its log around Python; its errors are in the exceptions, too.
+    # ONNX Runtime writes its log to the file descriptor, so Python cannot redirect it. Its errors are raised,
+    # too, so the log is not needed.
     with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     entry = options.find(name)
