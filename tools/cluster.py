@@ -655,13 +655,13 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
     @property
     def live(self) -> int:
         """Return the bytes that are live now."""
-        self._look_again()
+        self._refresh_sizes()
         return self._live
 
     @property
     def live_gathered(self) -> int:
         """Return the live bytes of gathered weights."""
-        self._look_again()
+        self._refresh_sizes()
         return self._held()
 
     def host_copy(self, tensor: Tensor) -> Tensor:
@@ -670,13 +670,13 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
             copy = tensor.clone()
         self._on_host.add(_key(copy))
         self.host += copy.untyped_storage().nbytes()
-        self._see(copy)
+        self._record(copy)
         return copy
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that existed before."""
         for tensor in tensors:
-            self._see(tensor)
+            self._record(tensor)
 
     def begin(self, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Begin a phase: ``"forward"``, ``"backward"`` or ``"optimizer"``. Subclasses may override this."""
@@ -689,7 +689,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         name, space = func.overloadpacket.__name__, func.namespace
         if space in ("c10d", "_c10d_functional"):
-            self._look_again()
+            self._refresh_sizes()
             self._count(name, args)
         result = func(*args, **kwargs)
         if name == "wait_tensor" and _key(result) != _key(args[0]):
@@ -699,9 +699,9 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == torch_private.LAZY_CLONE:
             return result  # it shares its memory until either tensor is written
         written = [leaf for leaf in pytree.tree_leaves((result, args, kwargs)) if _is_tensor(leaf)]
-        self._bury()
+        self._drop_freed()
         for tensor in written:
-            self._see(tensor)
+            self._record(tensor)
         weights = name in _GATHERS and space == "c10d"
         if weights or (space == "fsdp" and name in _FILLS):
             outputs = [kwargs.get("out"), args[:1], result] if weights else [result, kwargs]
@@ -714,16 +714,16 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _held(self) -> int:
         return sum(self._sizes.get(key, 0) for key in self._gathered)
 
-    def _see(self, tensor: Tensor) -> None:
+    def _record(self, tensor: Tensor) -> None:
         if isinstance(tensor, _OUTER):
             for inside in tensors_inside(tensor):
-                self._see(inside)
+                self._record(inside)
             return
         storage = tensor.untyped_storage()
         key = _key(tensor)
         reference = self._refs.get(key)
         if reference is None or reference() is None:
-            self._bury()
+            self._drop_freed()
             self._refs[key] = weakref.ref(storage, lambda _: self._dead.append(key))
         self._set(key, self._live_bytes(key, storage))
 
@@ -734,7 +734,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live += size - self._sizes.get(key, 0)
         self._sizes[key] = size
 
-    def _bury(self) -> None:
+    def _drop_freed(self) -> None:
         """Subtract the storages that were freed."""
         while self._dead:
             self._forget(self._dead.popleft())
@@ -745,9 +745,9 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._gathered.discard(key)
         self._on_host.discard(key)
 
-    def _look_again(self) -> None:
+    def _refresh_sizes(self) -> None:
         """Update all sizes. FSDP frees a gathered weight without an operation, by resizing its storage."""
-        self._bury()
+        self._drop_freed()
         for key, reference in list(self._refs.items()):
             storage = reference()
             if storage is not None:

@@ -260,7 +260,7 @@ class _Merge:
         self._stored = ConvertedFiles(folder, self._base)
         self._give_dtypes()
         self._changes = self._load()
-        self._whole: dict[str, str] = {}  # parameters by the stored tensors that are parts of them
+        self._parameter_of_part: dict[str, str] = {}  # by the name of the stored tensor
         self._parts: tuple[str, dict[str, torch.Tensor]] = ("", {})
         self.untied: tuple[str, ...] = ()
         self.files = self._planned()
@@ -333,7 +333,7 @@ class _Merge:
             outputs = result[file] = []
             for source, head in heads.items():
                 for name, change in [(source, changed.get(source, "")), *added.get(source, ())]:
-                    fits = source in self._whole or head.shape == shapes.get(change)
+                    fits = source in self._parameter_of_part or head.shape == shapes.get(change)
                     fits &= head.dtype in _DTYPES or change in self._changes.buffers
                     if change and not fits:
                         raise CheckpointError(
@@ -344,7 +344,12 @@ class _Merge:
                     outputs.append(_Output(name, source, change, self._head(name, head)))
             # A reader maps the file into memory, so numbers have to be aligned to their size. The parts of a
             # parameter follow each other, because it is merged as a whole.
-            outputs.sort(key=lambda output: (-output.head.bits, self._whole.get(output.source, "")))
+            outputs.sort(
+                key=lambda output: (
+                    -output.head.bits,
+                    self._parameter_of_part.get(output.source, ""),
+                )
+            )
         return result
 
     def _changes_by_source(self) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]]]:
@@ -396,7 +401,7 @@ class _Merge:
             parts = self._stored.parted(name, parameter.detach())
         except CheckpointError as error:
             self._refuse(str(error))
-        self._whole |= dict.fromkeys(parts, name)
+        self._parameter_of_part |= dict.fromkeys(parts, name)
         return tuple(parts)
 
     @functools.cached_property
@@ -484,7 +489,7 @@ class _Merge:
 
         Any other tensor still has the dtype of the file of the model.
         """
-        whole = self._whole.get(output.source)
+        whole = self._parameter_of_part.get(output.source)
         if whole is None:
             return self._merged(output, self._stored.stored(output.source), rows)
         if whole != self._parts[0]:

@@ -230,7 +230,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
 
     def begin(self, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Begin a phase: ``"forward"``, ``"backward"`` or ``"optimizer"``. A forward begins a new step."""
-        self._look_again()
+        self._refresh_sizes()
         self._phase = phase
         if phase == "forward":
             self._begin_step(model, optimizer)
@@ -305,15 +305,15 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
             if self._recomputed is None:
                 self._recomputed = len(self._changes)
         elif self._recomputed is not None:
-            self._bury()
+            self._drop_freed()
             for _, entry, _ in self._changes[self._recomputed :]:
                 if entry.size and entry.purpose is None:
                     entry.purpose = Kind.RECOMPUTED
             self._recomputed = self._parent = None
 
-    def _see(self, tensor: Tensor) -> None:
+    def _record(self, tensor: Tensor) -> None:
         self._seen = tensor
-        super()._see(tensor)
+        super()._record(tensor)
 
     def _set(self, key: int, size: int) -> None:
         super()._set(key, size)

@@ -207,7 +207,8 @@ class _Load(LoadHook):
         scales = _library().functional.QuantState.from_dict(packed, state[name].device)
         if _storage_settings(scales) != _storage_settings(current):
             errors.append(
-                f"{name} is stored as {_storage_settings(current)} here, and as {_storage_settings(scales)} in the state dict"
+                f"{name} is stored as {_storage_settings(current)} here, and as "
+                f"{_storage_settings(scales)} in the state dict"
             )
             return
         with torch.no_grad():

@@ -69,7 +69,7 @@ class SelectRows(GraphPass):
         if not any(_adapter_of(node) for node in region.graph.nodes):
             return None
         graph = copy_graph(region.graph)
-        work = _Work(region.with_graph(graph), self.experts)
+        work = _RowEditor(region.with_graph(graph), self.experts)
         tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
         # A separate loop, because the dropout nodes come before the nodes that read the factors.
         for node, tag in tagged:
@@ -192,7 +192,7 @@ def _gather_of(node: fx.Node) -> _Gather | None:
     )
 
 
-class _Work:
+class _RowEditor:
     """Graph that is being edited, with the rows and selections inserted so far."""
 
     def __init__(self, region: Region, weights: frozenset[str]) -> None:

@@ -111,7 +111,7 @@ def rounded_site(
         MergeError: If the merged weight overflows.
     """
     slices: Iterable[Slice] = change.slices(old, dtype, None if measure else _SAMPLED)
-    chosen = _chosen(change, old, dtype, rounding)
+    chosen = _not_to_nearest(change, old, dtype, rounding)
     if in_place:
         slices, merged = tuple(slices), old  # read the slices before they are overwritten
         change.fold_into(merged) if chosen is None else merged.copy_(chosen)
@@ -137,11 +137,11 @@ def rounded_weight(
     Raises:
         MergeError: If the merged weight overflows.
     """
-    chosen = _chosen(change, old, dtype, rounding)
+    chosen = _not_to_nearest(change, old, dtype, rounding)
     return change.folded(old, dtype) if chosen is None else chosen
 
 
-def _chosen(
+def _not_to_nearest(
     change: Fold | TokenFold, old: torch.Tensor, dtype: torch.dtype, rounding: Rounding
 ) -> torch.Tensor | None:
     """Return a merged weight that is not rounded to nearest, or None.

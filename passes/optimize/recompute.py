@@ -122,7 +122,7 @@ def _is_dtype(value: Any) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class _ChainNodes:
     """A chain in a graph, before it becomes a :class:`lora_fx.runtime.Chain`.
 
     Attributes:
@@ -145,7 +145,7 @@ class _Module:
     Attributes:
         called: Record of the module in a chain that calls it.
         graph: Its graph, with one input.
-        saves: Same as in :class:`_Found`.
+        saves: Same as in :class:`_ChainNodes`.
     """
 
     called: recompute.Called
@@ -209,7 +209,7 @@ class _Finder:
         called = recompute.Called(cls, Unchanged(cls, code.reads))
         return _Module(called, graph, chain.saves)
 
-    def find(self, region: Region) -> Iterator[_Found]:
+    def find(self, region: Region) -> Iterator[_ChainNodes]:
         """Yield the chains of a region, the last chain first."""
         taken: set[fx.Node] = set()
         for node in reversed(region.graph.nodes):
@@ -217,7 +217,7 @@ class _Finder:
                 taken.update(chain.nodes)
                 yield chain
 
-    def grow(self, region: Region, root: fx.Node) -> _Found | None:
+    def grow(self, region: Region, root: fx.Node) -> _ChainNodes | None:
         """Return the largest chain that ends in `root`, or None."""
         if not self._belongs(region, root) or _name_of(root) in {*_KEEPS_RESULT, "getattr"}:
             return None
@@ -250,7 +250,7 @@ class _Finder:
             activation.saves for node in modules if (activation := self.activation(region, node))
         ]
         saves = len(counted) > 1 or any(inner) or _name_of(counted[0]) == "rms_norm"
-        return _Found(root, nodes, leaves, saves)
+        return _ChainNodes(root, nodes, leaves, saves)
 
     def _belongs(self, region: Region, node: fx.Node) -> bool:
         return _name_of(node) is not None or self.activation(region, node) is not None
@@ -400,7 +400,7 @@ def _called_by(graph: fx.Graph) -> Iterator[str]:
                     yield str(argument.target)
 
 
-def _replace(graph: fx.Graph, chain: _Found, finder: _Finder, region: Region) -> None:
+def _replace(graph: fx.Graph, chain: _ChainNodes, finder: _Finder, region: Region) -> None:
     own = fx.Graph()
     inputs: dict[fx.Node, fx.Node] = {}
     for leaf in chain.leaves:
@@ -427,7 +427,7 @@ def _replace(graph: fx.Graph, chain: _Found, finder: _Finder, region: Region) ->
         own.output(inputs[chain.root])
         words = [_word(node) for node in chain.nodes]
         name = "_".join(word for word in words if word)
-        again = _again(own, chain, finder, region)
+        again = _backward_graph(own, chain, finder, region)
         operation = recompute.chain_of(name, own, tuple(kinds), tuple(called), chain.saves, again)
         call = graph.call_function(operation, tuple(arguments))
     chain.root.replace_all_uses_with(call)
@@ -435,7 +435,9 @@ def _replace(graph: fx.Graph, chain: _Found, finder: _Finder, region: Region) ->
         graph.erase_node(node)
 
 
-def _again(own: fx.Graph, chain: _Found, finder: _Finder, region: Region) -> fx.Graph | None:
+def _backward_graph(
+    own: fx.Graph, chain: _ChainNodes, finder: _Finder, region: Region
+) -> fx.Graph | None:
     """Return the graph of a chain for the backward, or None if it is the same as in the forward.
 
     Calls of modules are inlined, and replaced by a PyTorch kernel that computes the same, if there is one.

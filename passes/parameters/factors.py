@@ -187,7 +187,7 @@ def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
         CaptureError: If FSDP1 has them in shards.
     """
     holder, names = model.get_submodule(row.site.holder), factor_names(row)
-    factors = {name: _held(holder.get_submodule(name), adapter) for name in names.present}
+    factors = {name: _tensor_of(holder.get_submodule(name), adapter) for name in names.present}
     for name in filter(None, names.pair):
         if torch_private.is_flat(factors[name]) and factors[name].dim() < 2:
             raise CaptureError(
@@ -198,7 +198,7 @@ def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
     return SiteFactors(names, factors)
 
 
-def _held(factors: nn.Module, adapter: str) -> torch.Tensor:
+def _tensor_of(factors: nn.Module, adapter: str) -> torch.Tensor:
     buffer = factors._buffers.get(adapter)
     return factors.get_parameter(adapter) if buffer is None else buffer
 
@@ -331,9 +331,9 @@ def add_tokens(model: nn.Module, row: PlannedTokens, adapter: str, rows: torch.T
         positions = torch.full((row.site.in_features,), -1, device=rows.device)
         positions[indices] = torch.arange(len(indices), device=rows.device)
         indices = positions
-    holder = _made(model, join(row.site.holder, _HOLDER), Holder)
-    factors = _made(model, rows_name(row, adapter).rpartition(".")[0], AdapterFactors)
-    kept_indices = _made(model, indices_name(row, adapter).rpartition(".")[0], KeptIndices)
+    holder = _get_or_add(model, join(row.site.holder, _HOLDER), Holder)
+    factors = _get_or_add(model, rows_name(row, adapter).rpartition(".")[0], AdapterFactors)
+    kept_indices = _get_or_add(model, indices_name(row, adapter).rpartition(".")[0], KeptIndices)
     assert isinstance(factors, AdapterFactors)
     assert isinstance(kept_indices, KeptIndices)
     factors.add(adapter, rows)
@@ -341,13 +341,13 @@ def add_tokens(model: nn.Module, row: PlannedTokens, adapter: str, rows: torch.T
     holder.train(model.get_submodule(row.site.owner).training)
 
 
-def _made(model: nn.Module, fqn: str, kind: type[nn.Module]) -> nn.Module:
+def _get_or_add(model: nn.Module, fqn: str, kind: type[nn.Module]) -> nn.Module:
     """Return the module of a name; insert it, and the holders above it, if it does not exist."""
     parent_name, _, leaf = fqn.rpartition(".")
     try:
         parent = model.get_submodule(parent_name)
     except AttributeError:
-        parent = _made(model, parent_name, Holder)
+        parent = _get_or_add(model, parent_name, Holder)
     if leaf not in parent._modules:
         parent.add_module(leaf, kind())
     return parent.get_submodule(leaf)

@@ -181,7 +181,7 @@ class _Guard:
         self.claimed = True
         record = None if root is None else record_of(root)
         parameters = {} if root is None else base_parameters(root)
-        group = _together(parameter, parameters.values())
+        group = _sharing_bytes(parameter, parameters.values())
         if not is_partitioned(parameter):
             _give_storage(group)
         elif root is None or not is_owned(root):
@@ -238,7 +238,9 @@ def _can_train(parameter: nn.Parameter) -> bool:
     )
 
 
-def _together(parameter: nn.Parameter, candidates: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+def _sharing_bytes(
+    parameter: nn.Parameter, candidates: Iterable[nn.Parameter]
+) -> list[nn.Parameter]:
     """Return a parameter and all that share bytes with it. They move together, so that they stay tied."""
     group = {id(parameter): parameter}
     if not _is_plain(parameter) or is_partitioned(parameter):
@@ -391,7 +393,7 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
         for tokens in entry.tokens:
             name = rows_name(tokens, adapter)
             if not _has(modules, name):
-                replacement = _found(modules, tokens.site.holder)
+                replacement = _module_now_at(modules, tokens.site.holder)
                 yield f"{tokens.name}: it has no trained rows of adapter {adapter!r}{replacement}"
         for name in entry.own:
             owner, _, leaf = name.rpartition(".")
@@ -406,18 +408,18 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
 def _lost_at_site(modules: dict[str, nn.Module], row: PlannedSite, adapter: str) -> Iterator[str]:
     site = row.site
     if not _has(modules, site.weight):
-        yield f"{row.name}: its weight {site.weight} is not there{_found(modules, site.owner)}"
+        yield f"{row.name}: its weight {site.weight} is not there{_module_now_at(modules, site.owner)}"
         return
     for attribute in factor_names(row).present:
         if not _has(modules, join(site.holder, attribute, adapter)):
-            replacement = _found(modules, site.holder)
+            replacement = _module_now_at(modules, site.holder)
             yield f"{row.name}: it has no {attribute} of adapter {adapter!r}{replacement}"
             return
     if row.dropout and join(site.holder, DROPOUT, adapter) not in modules:
-        yield f"{row.name}: it has no {DROPOUT} of adapter {adapter!r}{_found(modules, site.holder)}"
+        yield f"{row.name}: it has no {DROPOUT} of adapter {adapter!r}{_module_now_at(modules, site.holder)}"
 
 
-def _found(modules: dict[str, nn.Module], fqn: str) -> str:
+def _module_now_at(modules: dict[str, nn.Module], fqn: str) -> str:
     """Say which module is at the name where an adapter's parameters were."""
     module = modules.get(fqn)
     if module is None:

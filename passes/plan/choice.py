@@ -484,7 +484,9 @@ def sample_cost(
     Returns:
         The sum, and the cost of each of ``rows``.
     """
-    samples, positions = _counted(model, [*(row.site for row in rows), *skipped], example_inputs)
+    samples, positions = _positions_or_none(
+        model, [*(row.site for row in rows), *skipped], example_inputs
+    )
     if not samples or any(row.name not in positions for row in rows):
         return None
     costs = [_cost(model, row, positions[row.name]) for row in rows]
@@ -503,10 +505,10 @@ def positions_of(
         sites: The operations.
         example_inputs: As for :func:`lora_fx.plan`; None to make inputs from the model's own description.
     """
-    return _counted(model, list(sites), example_inputs)[1]
+    return _positions_or_none(model, list(sites), example_inputs)[1]
 
 
-def _counted(
+def _positions_or_none(
     model: nn.Module, sites: list[Site], example_inputs: Any
 ) -> tuple[int | None, dict[str, Positions]]:
     """Return the result of :func:`_positions`, or None and an empty dict if the model cannot be called."""

@@ -240,11 +240,11 @@ def _tried(module: nn.Module, sizes: Sequence[int], experts: bool) -> str:
 def _trial(module: nn.Module, x: Tensor, experts: bool) -> str | None:
     """Return the reason why a module cannot run in tiles, "" if it can, or None if it does not take `x`."""
     try:
-        follows = _mixture(module, x)
+        follows = _objection_by_rules(module, x)
         if follows and experts:
             x = torch.randn(1, _TOKENS_OF_EXPERTS, x.shape[-1], device=x.device)
-            return _differs(module, x)
-        return follows or _differs(module, x)
+            return _objection_by_values(module, x)
+        return follows or _objection_by_values(module, x)
     except Exception as error:  # noqa: BLE001  another size or another kind of argument
         _log.debug("%s does not take %s: %s", type(module).__name__, tuple(x.shape), error)
         return None
@@ -261,7 +261,7 @@ def _with_small_weights(module: nn.Module) -> nn.Module:
         if not plain and not isinstance(tensor, PackedTensor):
             memo[id(tensor)] = tensor
             continue
-        value = _window(tensor) if tensor.is_floating_point() else _copied(tensor)
+        value = _strided_random(tensor) if tensor.is_floating_point() else _copied(tensor)
         parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if parameter else value
     return copy.deepcopy(module, memo)
@@ -271,7 +271,7 @@ def _copied(values: Tensor) -> Tensor:
     return torch.zeros(values.shape, dtype=values.dtype) if values.is_meta else values.cpu().clone()
 
 
-def _window(like: Tensor) -> Tensor:
+def _strided_random(like: Tensor) -> Tensor:
     """Return a random tensor whose elements differ along each axis, and that has little memory.
 
     Element [i, j] of a matrix is random number i + j. The matrices of a stack are contiguous, because some
@@ -348,7 +348,7 @@ class _Bounded(TorchFunctionMode):
         return result
 
 
-def _mixture(module: nn.Module, x: Tensor) -> str:
+def _objection_by_rules(module: nn.Module, x: Tensor) -> str:
     """Return a reason unless the rules show that each token is computed on its own; empty if they do.
 
     Args:
@@ -377,7 +377,7 @@ def _mixture(module: nn.Module, x: Tensor) -> str:
     return ""
 
 
-def _in_form(module: nn.Module, x: Tensor) -> list[list[Tensor]]:
+def _results_in_shape(module: nn.Module, x: Tensor) -> list[list[Tensor]]:
     """Return the results for tokens in another shape, in a list; empty if the module does not accept it."""
     try:
         return [_results(module, x)]
@@ -385,7 +385,7 @@ def _in_form(module: nn.Module, x: Tensor) -> list[list[Tensor]]:
         return []
 
 
-def _differs(module: nn.Module, x: Tensor) -> str:
+def _objection_by_values(module: nn.Module, x: Tensor) -> str:
     """Return a reason if the results for parts of the tokens differ from those for all; empty if not."""
     half = x.shape[1] // 2
     with torch.no_grad():
@@ -400,7 +400,10 @@ def _differs(module: nn.Module, x: Tensor) -> str:
             )
         ]
         pairs = _results(module, x.view(2, half, -1))
-        shaped = [*_in_form(module, x[0]), *_in_form(module, x.view(2, half // 3, 3, -1))]
+        shaped = [
+            *_results_in_shape(module, x[0]),
+            *_results_in_shape(module, x.view(2, half // 3, 3, -1)),
+        ]
     for result, *parts in zip(whole, halves, pairs, *shaped, strict=True):
         scale = float(result.abs().max()) or 1.0
         if not all(torch.allclose(other, result, rtol=1e-3, atol=1e-4 * scale) for other in parts):
