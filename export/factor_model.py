@@ -415,7 +415,14 @@ class FactorModel(FlatModel):
     def handed(
         self, factors: Sequence[Tensor], call: Callable[..., object], *args: Any, **kwargs: Any
     ) -> Any:
-        """Return ``call(model, *args, **kwargs)`` with values for the adapter inputs."""
+        """Return ``call(model, *args, **kwargs)``, computed with other values of the adapter.
+
+        Args:
+            factors: Values of the adapter inputs, in order.
+            call: A function that calls the model.
+            *args: Further arguments of ``call``.
+            **kwargs: Keyword arguments of ``call``.
+        """
         return self._called(self.parameters_of(factors), call, *args, **kwargs)
 
     def parameters_of(

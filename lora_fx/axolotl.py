@@ -46,7 +46,10 @@ def _plugin_class() -> type:
 
 
 class _Rewrites:
-    """The methods of a plugin that rewrites axolotl's models."""
+    """Mixin with the methods of lora_fx's plugin for axolotl.
+
+    The plugin's other base class is axolotl's ``BasePlugin``.
+    """
 
     def get_adapter_capabilities(self) -> list[Any]:
         """Return the name under which axolotl knows the adapter."""

@@ -220,11 +220,13 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
 
 
 def _check_base(path: Path, config: LoraConfig) -> None:
-    """Raise if loading a folder changes the base, because that change depends on the ranks in the folder.
+    """Raise if loading the adapter of a folder changes the base, as with PiSSA.
+
+    This change depends on the rank, so such an adapter cannot get another rank.
 
     Raises:
-        CheckpointError: If that change needs data.
-        ConfigError: If the change needs no data.
+        CheckpointError: If the change is computed from data.
+        ConfigError: If the change is computed from the weights.
     """
     setting = base_change(config)
     if not setting:

@@ -347,7 +347,10 @@ def figures_of(
 
 
 def _whole_factors(name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A and B of the update. The kind of a linear layer may compute them from the stored factors."""
+    """Return A and B whose product is the update of the weight.
+
+    Some kinds compute them from the stored factors of a linear layer. Other factors are returned unchanged.
+    """
     if a.dim() != 2:
         return a, b
     out, inner = b.shape[0], a.shape[1]

@@ -91,7 +91,11 @@ def index_all(model: ir.Model, node: ir.Node) -> bool:
 
 
 def _counted(value: ir.Value | None) -> tuple[Size | None, tuple[Size | None, ...]] | None:
-    """Return the end of an expanded ``Range(0, end)``, and its shape before the ``Expand``."""
+    """Describe indices that are an expanded ``Range(0, end)``.
+
+    Returns:
+        ``end``, and the shape of the range before its ``Expand``. None for other indices.
+    """
     node = _range(value)
     ends = None if node is None else sizes(node.inputs[1])
     wide = made_by(value, "Unsqueeze")

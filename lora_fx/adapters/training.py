@@ -622,7 +622,7 @@ class _Together:
         }
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the optimizer, with a hook that skips adapters without rows."""
+        """Return the optimizer. Its steps skip adapters that no label of the step belongs to."""
         optimizer: Any = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if optimizer is not None and optimizer is not self._hooked:
             optimizer.register_step_pre_hook(lambda *_: self._leave_out())

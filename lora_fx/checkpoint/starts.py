@@ -81,7 +81,9 @@ class Converted:
 def converted(
     model: nn.Module, record: AdapterRecord, adapter: str, slots: Mapping[str, Slot]
 ) -> Converted:
-    """Return an adapter relative to the original base.
+    """Convert an adapter whose initialization changed the base to an adapter of the original base.
+
+    Sites whose initialization did not change the base are unchanged.
 
     Args:
         model: A rewritten model.

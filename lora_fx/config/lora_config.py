@@ -127,7 +127,10 @@ _T = TypeVar("_T")
 
 
 def _accept_peft_fields(cls: type[_T]) -> type[_T]:
-    """Pass only lora_fx's own fields to the generated `__init__`; its signature is unchanged."""
+    """Let `__init__` accept PEFT's fields that lora_fx does not have, and drop them.
+
+    Such a field has to be switched off. The signature of `__init__` is unchanged.
+    """
     generated = cls.__init__
 
     @functools.wraps(generated)

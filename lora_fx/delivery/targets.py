@@ -92,21 +92,21 @@ class VllmServer:
     Start vLLM with ``--enable-lora``, ``--max-lora-rank`` of at least the adapter's rank, and
     ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` in its environment.
 
-    Each version is written into a separate folder, named after its content. vLLM keys its prefix cache by
-    the name and the path of an adapter, so it answers no request from the cache of an older version. The last
-    two folders of each name stay. The server may read them again at any time.
+    Each version of an adapter is written into a separate folder, named after its content. vLLM keys its
+    prefix cache by the name and the path of an adapter. So it never answers from the cache of an older
+    version. The last two folders of each adapter are kept, because the server may read them again.
 
     Args:
-        url: Its address, with or without ``/v1``. Requests go to no other address.
-        directory: A folder that the server sees under the same path. By default a temporary one, for a server
-            on this machine.
-        api_key: Its key, if it needs one (``--api-key``).
-        base_name: Its name of the base. By default the one that it reports.
+        url: The server's address, with or without ``/v1``. Requests go to no other address.
+        directory: A folder that the server sees under the same path. By default a temporary folder, which
+            works if the server runs on this machine.
+        api_key: The server's key, if it was started with ``--api-key``.
+        base_name: The name under which the server serves the base. By default the server is asked for it.
         timeout: Seconds to wait for an answer.
 
     Attributes:
-        address: Its address, with ``/v1``.
-        folders: The folders that it has loaded, by the name of the adapter.
+        address: The server's address, with ``/v1``.
+        folders: The folders that the server has loaded, by the name of the adapter.
 
     Raises:
         ConfigError: If ``url`` is not an HTTP address.

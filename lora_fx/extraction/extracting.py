@@ -237,12 +237,12 @@ def _is_in(name: str, modules: Iterable[str]) -> bool:
 def _sites(
     sites: Iterable[Site], changed: Set[str], difference: Difference
 ) -> tuple[list[Site], dict[Site, Site]]:
-    """Return the operations whose weights changed, and the heads that share the factors of an embedding.
+    """Return the operations that get factors, because their weights changed.
 
-    A tied head shares them if tuning has kept both weights equal.
+    A head that is tied to an embedding uses the embedding's factors, if both weights are still equal.
 
     Returns:
-        The operations without those heads, and the embedding of each head.
+        The operations with their own factors. For each tied head, the embedding whose factors it uses.
     """
     affected = [site for site in sites if site.weight in changed]
     heads = {

@@ -73,13 +73,19 @@ def deployment_options(how: Deployment, option: str = "deploy") -> Storage:
 
 
 def rounded(values: Tensor, weight: Tensor, how: Deployment) -> Tensor:
-    """Return an adapted weight as it is stored: a parameter of a library, or a tensor of another dtype.
+    """Round an adapted weight to the dtype or the quantized format in which it will be stored.
 
     Args:
         values: The adapted weight, [out, in], in fp32 or fp64.
         weight: The weight of the base. If it is quantized, the result has the same format, and also the same
             scales if the format keeps them. If it is dense, the values are first rounded to its dtype.
-        how: The storage.
+        how: The dtype or the format.
+
+    Returns:
+        A tensor, or for a quantized format the library's parameter.
+
+    Raises:
+        QuantizationError: If the format is that of the base, and the weight is not quantized any more.
     """
     if how.dtype is not None:
         return values.to(how.dtype)

@@ -95,9 +95,9 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 def by_place(
     model: nn.Module, example_inputs: Any, named: dict[str, Any]
 ) -> tuple[Any, ...] | None:
-    """Return positional arguments for the same call, if the model can distinguish it from a call by name.
+    """Return the example inputs as positional arguments, if calling by keyword may be a different call.
 
-    A decorator with ``*args, **kwargs`` can distinguish them. A graph has one forward for both.
+    It may be different for a forward with ``*args`` or ``**kwargs``, such as that of a decorator.
 
     Args:
         model: The model.
@@ -105,8 +105,8 @@ def by_place(
         named: The result of :func:`named_inputs` for these inputs.
 
     Returns:
-        The arguments to pass by position. None if the model cannot distinguish the calls, or no argument can
-        be positional.
+        The positional arguments. None if the forward has neither ``*args`` nor ``**kwargs``, or if no
+        argument can be positional.
     """
     code = getattr(getattr(model.forward, "__func__", model.forward), "__code__", None)
     if code is not None and not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):

@@ -296,7 +296,7 @@ class Recorder(fx.Tracer):
         return cast("TracedValue", self.create_proxy("get_attr", name, (), {}))
 
     def mode_of(self, module: nn.Module) -> TracedValue:
-        """Return ``module.training``, which the graph reads itself."""
+        """Return a node for ``module.training``, so that each call of the graph reads the current value."""
         name = self.names[module]
         target = f"{name}.training" if name else "training"
         if target not in self._known:

@@ -484,7 +484,14 @@ def inside(verb: _Verb) -> _Verb:
 
 
 def _check_not_transformed(verb: str, model: Any) -> None:
-    """Raise if a transform differentiates parameters of a model: the result of a verb would ignore it."""
+    """Raise if the parameters of a model belong to a running transform of ``torch.func``.
+
+    The model that a verb returns would have parameters that the transform does not differentiate.
+
+    Args:
+        verb: Name of the public function that was called, such as ``merge``.
+        model: Its first argument.
+    """
     for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
         if torch_private.is_transformed(parameter):
             raise ConfigError(

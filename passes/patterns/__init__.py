@@ -76,10 +76,10 @@ class _Named(Protocol):
 
 
 def pattern_of(seen: _Named) -> Pattern:
-    """Return the pattern of a site, or of one of its calls, by its name.
+    """Return the registered pattern that matched a site or one of its calls.
 
     Raises:
-        ConfigError: If it was registered in another process, but not in this one.
+        ConfigError: If no pattern of this name is registered in this process.
     """
     for pattern in _registry:
         if seen.pattern == pattern.name:

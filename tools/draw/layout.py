@@ -442,7 +442,11 @@ def sizes_of(box: Box) -> tuple[float, float]:
 
 
 def plan_layers(picture: Picture) -> dict[str, Layers]:
-    """Return the rows of every box whose children are a graph, by id."""
+    """Arrange the children of boxes in rows, if the children form a graph.
+
+    Returns:
+        The rows of each such box, by the id of the box.
+    """
     layers: dict[str, Layers] = {}
     for box in picture.root.walk():
         if box.flow and box.children:

@@ -157,7 +157,7 @@ class LazyTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Record an operation on each element. Run any other on the values of all tokens."""
+        """Record an elementwise operation for later. Before any other operation, compute all tokens."""
         kwargs = kwargs or {}
         tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if all(isinstance(x, LazyTensor) and x.waits for x in tensors):

@@ -145,10 +145,16 @@ def gated(up: Tensor, positions: Tensor, weight: str) -> Tensor:
 
 
 def _mask_after(ids: Tensor, phrase: tuple[int, ...], seen: _Seen | None) -> Tensor:
-    """Return a mask of the positions from the last occurrence of a phrase on, [samples, positions].
+    """Return True for each position from the last occurrence of a phrase on, [samples, positions].
 
-    A single token after a cached prompt is generated: it is active if the prompt has the phrase. More tokens
-    are a prompt, which may complete or repeat the phrase. Positions in the cache stay as they are.
+    A single token after a cached prompt is a generated token. It is active if the prompt contains the phrase.
+    Several tokens are a further part of the prompt, which may complete or repeat the phrase. That does not
+    change which cached positions are active.
+
+    Args:
+        ids: Tokens of the call, [samples, positions].
+        phrase: Tokens of the phrase.
+        seen: The tokens in the cache; None without a cache.
     """
     samples, positions = ids.shape
     active = torch.zeros(samples, dtype=torch.bool, device=ids.device)

@@ -92,7 +92,8 @@ class RowParameter(ComputedParameter):
 
     Attributes:
         bank: The values of all adapters, [slots, *shape].
-        slots: The slot of each row, [rows], or of all rows, [1], or the adapters of the samples of a call.
+        slots: The slot of each row, [rows], or one slot for all rows, [1]. Or the adapter of each sample of
+            the running call, from which the slots of the rows are computed.
     """
 
     bank: Tensor
