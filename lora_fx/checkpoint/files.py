@@ -154,7 +154,7 @@ def check_free(folder: Path, names: Iterable[str] = _OF_PEFT, *, force: bool) ->
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Create a folder and its parents, and remove those that it created if the body fails."""
+    """Create a folder and its parents. If the ``with`` block raises, remove the new ones that are empty."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

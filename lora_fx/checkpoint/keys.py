@@ -86,11 +86,11 @@ class Form:
         return value
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        """Convert a stored tensor to the tensor of the model, which may be a view.
+        """Convert a stored tensor to the tensor of the model, which may be a view of ``stored``.
 
         Raises:
-            CheckpointError: If no tensor of the model's shape has the same effect. The message has the
-                reason.
+            CheckpointError: If the stored values cannot be represented by a tensor of the model's shape. The
+                message has the reason.
         """
         return stored
 
@@ -319,7 +319,11 @@ def base_name(key: str, model: nn.Module) -> str | None:
 def _base_slots(
     name: str, tensor: torch.Tensor, layout: Layout, *, required: bool = True
 ) -> Iterator[Slot]:
-    """Yield the slots of a base tensor: by its name in PEFT, and as an alias by its name in the model."""
+    """Yield the slots of a base tensor, which a checkpoint may store under one of two keys.
+
+    The first key is the tensor's name in PEFT. If its name in the model differs, that is a second slot, which
+    is an alias.
+    """
     key = layout.inside(name)
     yield Slot(key, name, tensor, required=required)
     if key != name:

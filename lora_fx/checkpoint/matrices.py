@@ -191,7 +191,7 @@ def _of_parameter(name: str, shape: tuple[int, ...], expert: int | None) -> Matr
 
 
 def _parts(site: Site) -> Iterator[Matrix]:
-    """Yield the parts of a weight whose outputs are divided."""
+    """Yield a matrix for each part of a fused weight, such as the q of a qkv."""
     if site.layout != "out_in" or len(site.weight_shape) != 2:
         return
     columns = torch.arange(site.weight_shape[1])

@@ -784,7 +784,7 @@ class _Migrator:
         )
 
     def _renamed_config(self) -> LoraConfig:
-        """Return the configuration with the new names of modules that are trained in full or by rows."""
+        """Return the configuration with new names in ``modules_to_save`` and ``trainable_token_indices``."""
         config = self.config
         entries = saved_entries(config)
         owners: dict[str, str] = {}
@@ -839,7 +839,7 @@ def _full(leaf: str) -> str:
 
 
 def _up_to(name: str, entry: str) -> str | None:
-    """Return the name of the module around a tensor, up to where it ends in ``entry``, or None."""
+    """Return the name of the outermost module around a tensor whose name ends in ``entry``, or None."""
     atoms = name.split(".")
     for stop in range(1, len(atoms)):
         if ".".join(atoms[:stop]).endswith(entry):

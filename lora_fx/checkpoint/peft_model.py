@@ -592,7 +592,7 @@ class _Adapted(_Tuner):
         subfolder: str | None = None,
         **options: Any,
     ) -> None:
-        """Load a local folder into an adapter, which is added if it does not exist."""
+        """Load an adapter from a local folder. An existing adapter of this name gets the loaded values."""
         cast = options.pop("autocast_adapter_dtype", True)
         _check_options("load_adapter", options)
         self.unmerge_adapter()

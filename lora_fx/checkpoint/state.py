@@ -451,9 +451,10 @@ def _leftover(
     record: AdapterRecord,
     read: Read | None = None,
 ) -> Iterator[str]:
-    """Yield the problem with a tensor that is not part of the adapter; none if the model has the same values.
+    """Check a tensor of a checkpoint that is not part of the adapter, and yield a message if it does not fit.
 
-    PEFT writes the base weight of an embedding or head that it adapts.
+    PEFT also saves the base weight of an adapted embedding or head. Such a tensor has to equal the weight of
+    the model.
     """
     unread = tuple(f"{name}.{kind}." for name in record.saved_modules for kind in UNREAD)
     if key.startswith(unread):

@@ -161,7 +161,7 @@ def extract(
     progress: Progress = False,
     config: LoraConfig | None = None,
 ) -> tuple[ModelT, ExtractionReport]:
-    """Return a model with an adapter that makes a change, and the report of the errors.
+    """Add an adapter that approximates the change of the weights, and report its errors.
 
     Args:
         model: The base; it may be on the meta device.
@@ -174,6 +174,9 @@ def extract(
         frontend: As for :func:`lora_fx.rewrite`.
         progress: As for :func:`extract_adapter`.
         config: Other fields of the adapter's configuration, such as the task.
+
+    Returns:
+        The rewritten model with the adapter, and the report.
 
     Raises:
         ConfigError: If nothing has changed, or the budget is too small for any rank.
@@ -316,7 +319,7 @@ class _Changed:
         names: The changed parameters, by FQN.
         buffers: The changed buffers, by FQN.
         sites: The operations that get factors.
-        heads: The embedding of each head that shares the factors of an embedding.
+        heads: For each tied head that uses the factors of an embedding, that embedding.
         in_full: The parameters that are stored in full.
     """
 
@@ -369,9 +372,9 @@ def _cost(site: Site) -> int:
 
 
 class _Ranks:
-    """The rank of each site, as the user's :class:`RankChoice` asks for it.
+    """Rule that computes the rank of each site from the user's :class:`RankChoice`.
 
-    A convolution with groups has a matrix for each group. Its rank here is that of one such matrix.
+    A grouped convolution has a matrix for each group. Its rank here is the rank of one such matrix.
     """
 
     def __init__(
@@ -385,7 +388,7 @@ class _Ranks:
         return spectrum(change if root is None else change @ root.to(change))
 
     def allocate(self, sites: Iterable[Site], difference: Difference, in_full: int) -> None:
-        """Share a budget among the sites, which needs the singular values of all of them.
+        """Distribute a budget over the sites, by the singular values of their changes.
 
         Args:
             sites: The sites.

@@ -693,7 +693,7 @@ def format_of_class(name: str) -> WeightFormat:
 
 
 def quantization_of(weight: object) -> Quantization | None:
-    """Return the storage of a weight; None if it is not quantized, or in an unsupported form."""
+    """Describe how a weight is quantized. Return None for a dense weight or an unsupported storage."""
     tensor = held(weight)
     weight_format = _by_class.get(type(tensor).__name__)
     return None if weight_format is None else weight_format.describe(tensor)

@@ -220,7 +220,7 @@ class HqqFormat(PackedFormat):
         return _quantized(values, settings, values.dtype)
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
-        """See :class:`WeightFormat`. A group keeps its scale and zero point unless new ones are closer."""
+        """See :class:`WeightFormat`. A group keeps scale and zero point unless new ones reduce its error."""
         settings: Settings = weight.options
         again: Any = _quantized(values.float(), settings, weight.scale.dtype)
         groups = settings.grouped(values)

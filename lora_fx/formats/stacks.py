@@ -62,7 +62,7 @@ class StackedTensor(PackedTensor):
     """A stack of quantized matrices [E, out, in], or one of them, [out, in]. Its options are a `Stacking`."""
 
     def weights(self) -> list[Any]:
-        """Return the library's weights of a single matrix: one, or one for each piece."""
+        """Return a single matrix as weights of the library: one weight, or one for each of its pieces."""
         keys, count = self.options.keys, self.options.pieces
         parts = dict(zip(keys, self.parts.values(), strict=True))
         pieces = [parts]

@@ -282,7 +282,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
-    """Return the weight in the layout of the site. A quantized weight is dequantized, others share memory."""
+    """Return the weight in the layout of the site, sharing its memory. A quantized weight is dequantized."""
     weight = weight_at(model, site.weight)
     if site.quantized is None:
         return detached(weight)

@@ -528,7 +528,7 @@ def _of_path(path: Path) -> Picture:
 
 
 def _plain(model: nn.Module, example_inputs: Any, original: Any) -> Picture:
-    """Capture a model only for the picture."""
+    """Draw a model that is not rewritten. If it cannot be captured, draw only its modules."""
     try:
         captured = capture(model)
     except CaptureError as error:

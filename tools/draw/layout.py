@@ -43,12 +43,12 @@ _SWEEPS = 12
 
 
 class Link(NamedTuple):
-    """One step of an edge, from a row to the next.
+    """The segment of an edge between two neighboring rows. Edges from the same box may share segments.
 
     Attributes:
-        upper, lower: Boxes or dummies.
+        upper, lower: The ends of the segment: ids of boxes or, if the edge passes through a row, dummies.
         source: The box where the edge starts.
-        target: The box where it ends, or one of these boxes if edges of one source share the step.
+        target: The box where the edge ends, or one of these boxes if several edges share the segment.
     """
 
     upper: str
@@ -59,14 +59,15 @@ class Link(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Layers:
-    """Rows of ids, from the top, and the steps of the edges between them.
+    """Arrangement of the children of a box in rows, from top to bottom.
 
     Attributes:
-        rows: Ids and dummies from left to right.
-        links: Every step once. Edges of one source share dummies, so that an input with many readers is
-            one line with branches.
-        centers: Center of each id and dummy if every box is closed.
-        ports: For each link, its index from the left among the arrows into the same end, and their number.
+        rows: For each row, the ids of boxes and dummies from left to right.
+        links: The segments of all edges. Edges from the same box share dummies, so that an input with many
+            readers is one line with branches.
+        centers: Horizontal center of each box and dummy if every box is closed.
+        ports: For each link, its index from the left among the links with the same lower end, and the number
+            of these links.
     """
 
     rows: tuple[tuple[str, ...], ...]
@@ -341,7 +342,7 @@ def _settle(
 
 
 def _ports(links: Sequence[Link], center: Mapping[str, float]) -> tuple[tuple[int, int], ...]:
-    """Return each step's index among the arrows into its end, in order of origin, and their number."""
+    """Return the index of each link among the links with the same lower end, and the number of these."""
     ending: dict[str, list[int]] = {}
     for index, link in enumerate(links):
         ending.setdefault(link.lower, []).append(index)

@@ -82,9 +82,11 @@ class _Strings:
 def document_of(picture: Picture) -> dict[str, Any]:
     """Return the data that the page needs to draw a picture.
 
-    ``boxes`` have parents first. An entry names its ``parent`` and ``children`` by index in that list and
-    texts by index in ``strings``; empty values are left out. ``layouts`` are rows that several boxes may
-    share: indices of children, or negative numbers for edges that pass.
+    ``boxes`` lists parents before their children. A box refers to its ``parent`` and its ``children`` by
+    index in this list, and to texts by index in ``strings``. Empty values are left out.
+
+    ``layouts`` has the rows of boxes, once for equal boxes. An entry of a row is the index of a child, or a
+    negative number for an edge that passes through the row.
     """
     strings = _Strings()
     opened = initially_open(picture.root)

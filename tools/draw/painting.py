@@ -388,7 +388,11 @@ def picture_of_model(
 def _costs(
     model: nn.Module, record: Record | None, example_inputs: Any
 ) -> tuple[tuple[tuple[str, str], ...], str, str]:
-    """Return the costs of the active adapters as facts, the unit of a site's costs, and a note or ""."""
+    """Compute the costs of the active adapters.
+
+    Returns:
+        The facts to show, the unit of the costs in the table of sites, and a note, which may be empty.
+    """
     active = () if record is None else record.active
     rows = [row for name in active if record is not None for row in record.adapters[name].sites]
     unit, each = unit_of(rows), "token"
@@ -628,9 +632,9 @@ class _Painter:
         return (*first, *boxes, *last), edges, bool(edges)
 
     def _sites(self, module: nn.Module) -> int:
-        """Count the adapted weights inside. A weight that is also in a graph of the whole model counts once.
+        """Return the number of adapted weights in a module. A weight that several graphs read counts once.
 
-        Trained rows of an embedding are not a site.
+        An embedding with trained rows but without an adapter does not count.
         """
         weights = {
             join(name, weight)

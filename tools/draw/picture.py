@@ -278,10 +278,11 @@ class Picture:
         return tuple(sign for sign in _SIGNS if any(map(sign.occurs, boxes)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain containers for JSON.
+        """Return the picture as dicts and lists for JSON.
 
-        ``boxes`` have children and ``nodes`` do not; both name their ``parent`` (None for the root).
-        ``edges`` are data flow and name the box whose children they connect.
+        ``boxes`` has the boxes with children, and ``nodes`` those without. Each entry has the id of its
+        ``parent``, which is None for the root. ``edges`` has the data flow between two children of a box. The
+        ``parent`` of an edge is this box.
         """
         boxes: list[dict[str, Any]] = []
         nodes: list[dict[str, Any]] = []

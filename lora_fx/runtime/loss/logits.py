@@ -282,7 +282,12 @@ class _Group:
         self.dtype = like.dtype
 
     def logits(self, form: _Form, made_by: _MadeBy | None) -> Logits:
-        """Return a lazy tensor of a form, derived by ``made_by``, or by the head if that is None."""
+        """Return lazy logits.
+
+        Args:
+            form: Their layout, and the operations that compute them.
+            made_by: The operation that derived them from other logits; None for the head's own output.
+        """
         shape = list(form.indices.shape)
         shape.insert(form.axis, self.head.outputs)
         anchor = next(tensor for tensor in (self.x, *self.leaves) if _wants(tensor))

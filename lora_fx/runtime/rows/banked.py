@@ -160,7 +160,10 @@ def slots_of_each(slots: Tensor, x: Tensor) -> Tensor:
 
 
 def _repeated(slots: Tensor, x: Tensor) -> Tensor:
-    """Repeat the slots of samples for each row of an activation along its first axis."""
+    """Return the slot of each row of an activation, from the slot of each sample.
+
+    The rows of a sample follow each other along the first axis of the activation.
+    """
     if _is_equal(x.shape[0], slots.shape[0]):
         return slots
     times = x.shape[0] // slots.shape[0]
