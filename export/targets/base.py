@@ -63,10 +63,10 @@ class RuntimeTarget(Protocol):
         ...
 
     def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
-        """Raise if this runtime cannot load such a file.
+        """Raise if this runtime cannot load a file that is exported with these options.
 
         Raises:
-            ExportError: It names the argument and the remedy.
+            ExportError: The message names the argument and the remedy.
         """
         ...
 
@@ -82,7 +82,7 @@ class RuntimeTarget(Protocol):
         """Return the example call with the arguments that the runtime needs.
 
         Raises:
-            ExportError: The example contradicts them.
+            ExportError: The example contradicts these arguments.
         """
         ...
 

@@ -158,7 +158,7 @@ def _config(written: Written) -> dict[str, Any]:
 
 
 def _search_settings(defaults: Mapping[str, Any], limit: int, *, shared: bool) -> dict[str, Any]:
-    """Return the settings of generation, from those of the model.
+    """Return the entry ``search`` of ``genai_config.json``: settings of generation, from those of the model.
 
     Args:
         defaults: The model's ``generation_config``.

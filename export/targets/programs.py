@@ -132,11 +132,11 @@ class ProgramSession(ABC):
 
     @property
     def max_rank(self) -> int | None:
-        """The rank that the program is limited to, or None."""
+        """The highest rank of an adapter that the program takes; None for any rank."""
         return self._program.rank
 
     def load_adapter(self, name: str, values: Mapping[str, Tensor]) -> None:
-        """Check an adapter and keep it under a name."""
+        """Check the values of an adapter, and keep them under a name for :meth:`run`."""
         manifest = self._program.prepared.manifest
         assert manifest is not None
         values = fill_tokens(manifest, values)
@@ -148,11 +148,11 @@ class ProgramSession(ABC):
         del self._adapters[name]
 
     def run(self, tensors: Sequence[Tensor], *, adapter: str | None = None) -> dict[str, Tensor]:
-        """Run a call.
+        """Run the program on the tensors of a call.
 
         Args:
             tensors: The tensors of the call.
-            adapter: The adapter to run with, or None.
+            adapter: Name of a loaded adapter, or None for the base.
 
         Returns:
             The outputs by name.
@@ -283,7 +283,7 @@ class ProgramTarget(ABC):
         """Load a written program in the runtime.
 
         Raises:
-            ExportError: The runtime refuses it.
+            ExportError: The runtime refuses the program.
         """
         try:
             return self.start(program, file)
@@ -324,7 +324,7 @@ class ProgramTarget(ABC):
 def fed_values(
     manifest: Manifest, values: Mapping[str, Tensor], rank: int | None
 ) -> dict[str, Tensor]:
-    """Return a tensor for each adapter input, in order.
+    """Return the tensors to feed for an adapter: one for each adapter input, in order.
 
     Args:
         manifest: The adapter inputs.

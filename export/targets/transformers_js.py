@@ -42,7 +42,7 @@ class TransformersJsTarget:
     axes = _AXES
 
     def task(self, model: nn.Module) -> TaskName | None:
-        """Return the task with a cache for a model that generates, because ``generate`` relies on it."""
+        """Return the task of a model that generates, whose cache ``generate`` of transformers.js needs."""
         decodes: Any = getattr(model, "can_generate", None)
         if decodes is None or not decodes():
             return None
@@ -143,7 +143,7 @@ def _rename_axes(model: ir.Model) -> None:
 
 
 def _as_fp32(model: ir.Model) -> None:
-    """Give a file in fp16 fp32 inputs and outputs. The casts keep every value of fp16 exactly."""
+    """Cast the inputs and outputs of a file in fp16 to fp32. The casts keep every value of fp16 exactly."""
     import onnx_ir as ir
 
     half = ir.DataType.FLOAT16
