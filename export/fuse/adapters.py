@@ -56,10 +56,10 @@ def adapter_nodes(model: ir.Model, manifest: Manifest | None) -> tuple[str, ...]
 def guard_ids(model: ir.Model, manifest: Manifest) -> None:
     """Make a run with an id out of range fail: by an error of ``Gather``, or by NaN in the outputs.
 
-    ONNX leaves such an index to the runtime. Some raise; others read zeros, another adapter, or memory
-    behind the bank. So the ids are first looked up in a list of the slots, and a runtime that checks indices
-    raises. In other runtimes the row runs without an adapter, and NaN is added to its outputs, except to
-    integers and to the cache of a decoder.
+    ONNX leaves such an index to the runtime. Some runtimes raise; others read zeros, another adapter, or
+    memory behind the bank. So the ids are first looked up in a list of the slots, and a runtime that checks
+    indices raises. In other runtimes the row runs without an adapter, and NaN is added to its outputs, except
+    to integers and to the cache of a decoder.
 
     Args:
         model: Changed in place, after all fusions.
@@ -134,7 +134,7 @@ def _spoil(model: ir.Model, exists: ir.Value) -> None:
 
     Args:
         model: Changed in place.
-        exists: [rows], where a single element is for all rows of the batch.
+        exists: True for each row whose adapter exists, [rows]. A single element is for the whole batch.
     """
     import onnx_ir as ir
 

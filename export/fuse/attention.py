@@ -174,7 +174,7 @@ def _padding(condition: ir.Value) -> tuple[ir.Value, ir.Value] | None:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention over four axes.
+    """Nodes and values of one attention in a graph, over four axes.
 
     Attributes:
         query: [batch, heads, sequence, width], before it is scaled.
@@ -293,7 +293,10 @@ def _swapped(value: ir.Value | None) -> ir.Value | None:
 
 
 def _once(value: ir.Value) -> ir.Value:
-    """Return keys or values before a repeat: [b, g, t, d] → [b, g, n, t, d] → [b, g·n, t, d]."""
+    """Return keys or values before they are repeated for the heads of each group, or the value itself.
+
+    The repeat is [b, g, t, d] → [b, g, n, t, d] → [b, g·n, t, d].
+    """
     joined = made_by(value, "Reshape")
     wide = None if joined is None else made_by(joined.inputs[0], "Expand")
     parted = None if wide is None else made_by(wide.inputs[0], "Unsqueeze", "Reshape")
@@ -382,9 +385,9 @@ def _behind(model: ir.Model, node: ir.Node) -> Builder:
 
 
 def _is_finite(mask: ir.Value) -> bool:
-    """Return True if every value of a mask is finite, and can stay finite with a score added.
+    """Return True if every value of a mask is finite, and stays finite with a score added.
 
-    In fp16 the lowest number does not stay finite. :func:`_halve_lowest` replaces it if a ``Where`` has it.
+    In fp16 the lowest number does not. :func:`_halve_lowest` replaces that number in a ``Where``.
     """
     mask = _unshaped(mask)
     array = array_of(mask)
@@ -409,7 +412,7 @@ def _halve_lowest(model: ir.Model, mask: ir.Value) -> None:
 
 
 def _unshaped(value: ir.Value) -> ir.Value:
-    """Return the value of the same dtype that a value is a view of."""
+    """Return the value behind reshapes, expansions and casts that keep the dtype."""
     while (node := made_by(value, "Expand", "Unsqueeze", "Reshape", "Cast")) is not None:
         source = node.inputs[0]
         if source is None or source.dtype != value.dtype:

@@ -31,14 +31,14 @@ __all__ = ["EXPERTS_SINCE", "quantized_experts", "remove_marks"]
 
 
 EXPERTS_SINCE = "1.31"
-"""First version of ONNX Runtime whose CPU provider reads the integers in its products.
+"""First version of ONNX Runtime whose CPU provider multiplies by the integers of experts directly.
 
 Earlier versions dequantize every matrix in every call. They refuse the attribute ``accuracy_level``.
 """
 
 
 class _Gate(NamedTuple):
-    """The gate ``g · sigmoid(alpha · g) · (l + beta)`` with ``g ≤ limit`` and ``|l| ≤ limit``.
+    """The gate of an expert: ``g · sigmoid(alpha · g) · (l + beta)``, with ``g ≤ limit`` and ``|l| ≤ limit``.
 
     Attributes:
         rows: The rows of the matrix before the gate in the order g0, l0, g1, l1, …
@@ -124,7 +124,7 @@ def remove_marks(model: ir.Model) -> None:
 
 
 def _objection(mixture: Mixture, gate: _Gate) -> str:
-    """Return the reason why the operator cannot compute a mixture, or ""."""
+    """Return the reason why ``QMoE`` cannot compute a mixture, or ""."""
     constants = [value for value in mixture[6:] if value is not None]
     if any(value.const_value is None or value.is_graph_input() for value in constants):
         return "its matrices are not constant"
@@ -165,7 +165,7 @@ def _readers(value: ir.Value) -> list[ir.Node]:
 
 
 def _read_gate(before: ir.Value, after: ir.Value) -> _Gate | None:
-    """Read the computation of ``after`` from ``before``, or return None if it is another one."""
+    """Return the gate that computes ``after`` from ``before``, or None if other nodes compute ``after``."""
     product = made_by(after, "Mul")
     for gated, linear in _orders(product):
         swish = made_by(gated, "Mul")
@@ -188,7 +188,7 @@ def _read_gate(before: ir.Value, after: ir.Value) -> _Gate | None:
 
 
 def _orders(node: ir.Node | None) -> list[tuple[ir.Value, ir.Value]]:
-    """Return the two operands of a node in both orders."""
+    """Return the two operands of a node in both orders, to match a sum or a product."""
     if node is None or len(node.inputs) != 2:
         return []
     first, second = node.inputs
@@ -225,7 +225,7 @@ def _clip(value: ir.Value) -> tuple[ir.Value | None, float | None, float | None]
 
 
 def _rows(before: ir.Value, half: ir.Value | None) -> np.ndarray[Any, Any] | None:
-    """Return the channels of ``before`` that the slice ``half`` has, or None for any other value."""
+    """Return the indices of the channels of ``before`` in the slice ``half``, or None if it is no slice."""
     width = axis_size(before, -1)
     node = made_by(half, "Split", "Slice")
     if node is None or node.inputs[0] is not before or not isinstance(width, int):
@@ -306,7 +306,10 @@ def _matrices(
     zeros: ir.Value | None,
     rows: np.ndarray[Any, Any] | None,
 ) -> tuple[ir.Value | None, ...]:
-    """Return codes [E, out, in / 2], scales [E, out, in / b] and zero points [E, out, ⌈in / 2b⌉]."""
+    """Return the constants for ``QMoE``, with ``rows`` as the order of output features.
+
+    They are codes [E, out, in / 2], scales [E, out, in / b] and zero points [E, out, ⌈in / 2b⌉].
+    """
     count, width, blocks, half = _sizes(codes)
     columns = (blocks * half, blocks, (blocks + 1) // 2)
     return tuple(
@@ -321,7 +324,7 @@ def _rows_of(
     rows: np.ndarray[Any, Any] | None,
     shape: list[int] | None = None,
 ) -> ir.Value | None:
-    """Return a constant with another shape and another order of its second axis, under its name."""
+    """Reshape a constant, and order its second axis by ``rows``. The new constant gets the old name."""
     if value is None:
         return None
     tensor: Any = value.const_value

@@ -97,7 +97,7 @@ def check_attention(
 
 @dataclass(frozen=True)
 class _Cached:
-    """An attention over a cache.
+    """Values of one attention over a cache, which one fused operator can compute.
 
     Attributes:
         attention: The attention, over keys and values of the past and of the call.
@@ -180,7 +180,7 @@ def _cached(model: ir.Model, attention: Attention) -> _Cached | str:
 
 
 def _appended(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """Split a value into a cache that is a graph input and the new part, or return None."""
+    """Return the cache (a graph input) and the new part that a value concatenates, otherwise None."""
     whole = joined(value, 2)
     if whole is None:
         return None
@@ -310,7 +310,7 @@ class _Calls:
     def _length(
         self, builder: Builder, cached: _Cached, query: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
-        """Return the index of the last key for each row, and the number of keys."""
+        """Return inputs of the operator: the index of the last key of each row, and the number of keys."""
         batch, past, sequence = (
             axis_size(cached.past_key, 0),
             axis_size(cached.past_key, 2),

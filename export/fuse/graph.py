@@ -55,7 +55,7 @@ _T = TypeVar("_T")
 
 
 def nodes_of(model: ir.Model, *operators: str, domain: str = "") -> list[ir.Node]:
-    """Return the nodes of the main graph with one of the operators, in order."""
+    """Return the nodes of the main graph whose operator is one of ``operators``, in order."""
     return [node for node in model.graph if node.domain == domain and node.op_type in operators]
 
 
@@ -93,7 +93,7 @@ def at_nodes(
 
 
 def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
-    """Return the node that computes a value if it has one of the ONNX operators, otherwise None."""
+    """Return the node that computes a value if its ONNX operator is one of ``operators``, else None."""
     node = None if value is None else value.producer()
     if node is None or node.domain != "" or node.op_type not in operators:
         return None
@@ -114,7 +114,10 @@ def consumers(value: ir.Value) -> list[ir.Node]:
 
 
 def only_user(value: ir.Value | None, *operators: str) -> ir.Node | None:
-    """Return the only reader of a value if it has one of the operators. A graph output counts as read."""
+    """Return the node that reads a value if no other node does and its operator is one of ``operators``.
+
+    Return None otherwise, or if the graph returns the value.
+    """
     if value is None or value.is_graph_output():
         return None
     users = consumers(value)

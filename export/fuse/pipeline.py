@@ -100,8 +100,8 @@ class Fusion:
             ONNX, which run everywhere.
         since: First version of ONNX Runtime whose operators were compared with PyTorch and are fast.
         later: Map from execution provider to a later first version that it requires.
-        reads_marks: True if it reads the marks of :mod:`lora_fx.export.mixtures`. They are removed before
-            the first fusion that does not.
+        reads_marks: True if the fusion reads the marks of :mod:`lora_fx.export.mixtures`. The marks are
+            removed before the first fusion that does not read marks.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Fusion:
         return "standard" if self.holds is None else "runtime"
 
     def objection(self, target: Target) -> str:
-        """Return the reason why the fusion is not for a target, or ""."""
+        """Return the reason why the fusion cannot be applied for a target, or ""."""
         if self.holds is None:
             return ""
         dtypes = self.holds.get(target.provider, ())
@@ -348,7 +348,7 @@ def check_target(optimize: object, provider: object) -> None:
     """Raise if a level or provider does not exist, or they do not go together.
 
     Raises:
-        ExportError: It names the valid values.
+        ExportError: The message names the valid values.
     """
     if optimize not in LEVELS:
         raise ExportError(

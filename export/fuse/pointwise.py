@@ -63,7 +63,7 @@ class RmsNorm:
 
 @dataclass(frozen=True)
 class _Quotient:
-    """``x`` divided by its root mean square, without the gain: a ``Mul`` or a ``Div``."""
+    """Quotient of ``x`` and its root mean square, without the gain: a ``Mul`` or a ``Div``."""
 
     x: ir.Value
     root: ir.Value
@@ -137,7 +137,7 @@ def _is_mean_square(value: ir.Value | None, x: ir.Value) -> bool:
 
 
 def _with_gain(quotient: _Quotient) -> RmsNorm | None:
-    """Extend a quotient to the whole norm: its gain, and casts of x and of the result."""
+    """Return the RMS norm that contains a quotient: with its gain and casts. None without a gain."""
     value = quotient.node.outputs[0]
     if (narrowed := only_user(value, "Cast")) is not None:
         value = narrowed.outputs[0]
@@ -229,7 +229,7 @@ def _add_within(
 
 
 def _residual(value: ir.Value | None) -> ir.Node | None:
-    """Return the ``Add`` of a value if it adds two values of one shape, [batch, sequence, width]."""
+    """Return the residual sum that computes a value, an ``Add`` of two [batch, sequence, width], or None."""
     added = made_by(value, "Add")
     if added is None or added.outputs[0].is_graph_output():
         return None
@@ -238,13 +238,13 @@ def _residual(value: ir.Value | None) -> ir.Node | None:
 
 
 def _is_plain(node: ir.Node) -> bool:
-    """Return True if a layer norm is over the last axis, has a gain, and nothing reads its mean."""
+    """Return True if the fused operator can compute a layer norm: last axis, a gain, and an unread mean."""
     last = node.attributes.get_int("axis", -1) in (-1, 2)
     return last and len(node.inputs) > 1 and not any(output.uses() for output in node.outputs[1:])
 
 
 def _read_after(old: ir.Value, new: ir.Value, node: ir.Node) -> None:
-    """Let the nodes after a node read ``new`` instead of ``old``."""
+    """Let the nodes after ``node`` read ``new`` instead of ``old``. Earlier nodes still read ``old``."""
     graph = node.graph
     assert graph is not None
     new.shape = old.shape

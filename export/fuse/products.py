@@ -91,7 +91,10 @@ def pack_products(model: ir.Model, match: tuple[ir.Node, _Normed]) -> bool | str
 
 
 def _source(value: ir.Value | None, normed: _Normed) -> Product | None:
-    """Find the product behind a value, through rotary embeddings, norms of heads and adapter branches."""
+    """Return the product that computes a query, key or value, or None.
+
+    The search passes rotary embeddings, norms of heads and adapter branches.
+    """
     while value is not None and (node := value.producer()) is not None:
         if value in normed:
             value = normed[value]
@@ -120,7 +123,7 @@ def _source(value: ir.Value | None, normed: _Normed) -> Product | None:
 
 
 def _is_vector(value: ir.Value | None) -> bool:
-    """Return True if a value is one vector for all tokens, the same in the batch or one for each row."""
+    """Return True if a value is the same vector for all tokens of a row, such as a bias or a gain."""
     return rank(value) == 1 or (rank(value) == 3 and axis_size(value, 1) == 1)
 
 
@@ -164,7 +167,7 @@ def _shape_of_constant(value: ir.Value | None) -> tuple[int, ...] | None:
 
 
 def product_form(product: Product) -> tuple[object, ...]:
-    """Return a key that is equal for products that can be packed into one."""
+    """Return a key of operator, dtypes and attributes. Products with equal keys can be packed into one."""
     node = product.node
     kinds = tuple(None if value is None else (value.dtype, rank(value)) for value in node.inputs)
     options = {name: attribute.value for name, attribute in node.attributes.items() if name != "N"}
@@ -172,7 +175,7 @@ def product_form(product: Product) -> tuple[object, ...]:
 
 
 def _factors(products: Sequence[Product]) -> list[Product]:
-    """Return the products of the same input with constant adapter factors A, which are narrower."""
+    """Return the products ``x·A`` of adapters with constant A that can be packed with ``products``."""
     first = products[0]
     x = first.node.inputs[0]
     if x is None or first.node.op_type != "MatMul" or first.bias is not None:
@@ -263,7 +266,7 @@ def fold_scales(model: ir.Model, node: ir.Node) -> bool:
 
 
 def _is_low_rank(inner: ir.Value | None, factor: ir.Value) -> bool:
-    """Return True if this is the second of two products and the size between them is the smallest."""
+    """Return True if ``inner · factor`` is ``(x·A)·B``, and the size between A and B is the smallest."""
     first = made_by(inner, "MatMul")
     if first is None or rank(factor) != 2 or len(factor.uses()) != 1 or not is_constant(factor):
         return False

@@ -38,7 +38,7 @@ class _Wave:
 
 @dataclass(frozen=True)
 class Rotary:
-    """One rotary embedding.
+    """Values of one rotary embedding in a graph.
 
     Attributes:
         x: The value to rotate, [batch, heads, sequence, width].
@@ -96,7 +96,7 @@ def _whole(value: ir.Value) -> Rotary | None:
 
 
 def _is_turned(value: ir.Value | None, x: ir.Value, width: int) -> bool:
-    """Return True if a value is ``concat(-x[..., d/2:], x[..., :d/2])``."""
+    """Return True if a value is ``rotate_half(x)``: ``concat(-x[..., d/2:], x[..., :d/2])``."""
     halves = joined(value, 3)
     if halves is None:
         return False
@@ -126,7 +126,10 @@ def _part(value: ir.Value | None) -> tuple[ir.Value | None, tuple[int, Size | No
 
 
 def _wave(value: ir.Value | None, operator: str, x: ir.Value) -> _Wave | None:
-    """Read ``unsqueeze(cos(concat(angles, angles)), 1)``, with any factors and casts in between."""
+    """Read a value as ``unsqueeze(cos(concat(angles, angles)), 1)``, or return None.
+
+    Constant factors and casts may be in between. ``operator`` is "Cos" or "Sin".
+    """
     factor, dtype = 1.0, None if value is None else value.dtype
     spread = False
     while (node := made_by(value, "Unsqueeze", "Cast", "Mul", operator)) is not None:
@@ -204,7 +207,7 @@ class Tables:
         )
 
     def _constant(self, angles: ir.Value) -> tuple[ir.Value, np.ndarray[Any, Any]] | None:
-        """Return positions and frequencies whose products are the angles, if a table of them is small."""
+        """Return positions and frequencies whose products are the angles. None if a table is not small."""
         factors = _frequencies(angles)
         if factors is None or self._limit is None or self._limit * factors[1].size > _TABLE_VALUES:
             return None

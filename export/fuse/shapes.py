@@ -91,10 +91,10 @@ def index_all(model: ir.Model, node: ir.Node) -> bool:
 
 
 def _counted(value: ir.Value | None) -> tuple[Size | None, tuple[Size | None, ...]] | None:
-    """Describe indices that are an expanded ``Range(0, end)``.
+    """Read indices as ``expand(range(0, end))``, for :func:`index_all`.
 
     Returns:
-        ``end``, and the shape of the range before its ``Expand``. None for other indices.
+        ``end``, and the shape of the range before the expansion. None for other indices.
     """
     node = _range(value)
     ends = None if node is None else sizes(node.inputs[1])
@@ -219,7 +219,7 @@ def keep_last_token(model: ir.Model) -> tuple[int, dict[str, int]]:
 
 
 def _is_cut(node: ir.Node) -> bool:
-    """Return True if a node is ``x[:, -1:]`` of [batch, sequence, width]."""
+    """Return True if a node cuts [batch, sequence, width] to the last token: ``x[:, -1:]``."""
     if node.op_type != "Slice" or node.domain or len(node.inputs) < 4 or rank(node.inputs[0]) != 3:
         return False
     start, end, axis = (scalar(bound) for bound in node.inputs[1:4])
@@ -270,7 +270,7 @@ def _is_alike(operand: ir.Value) -> bool:
 
 
 def _pass_cut(model: ir.Model, cut: ir.Node) -> None:
-    """Move a cut from the output of a node to its inputs."""
+    """Move a cut to the last token from the output of a node to the inputs of the node."""
     value = cut.inputs[0]
     assert value is not None
     node = value.producer()
