@@ -1,6 +1,6 @@
 """Banks: stacks of adapters, from which each row of a batch chooses its own adapter.
 
-The module has the model that is exported with a bank, and the stacks of a file that is open.
+The module has the model that is exported with a bank, and the store of adapters in a session of such a file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = [
 
 
 _SLOTS = "lora_slots"
-"""Name of the buffer, next to the factors of a site, that holds the slot of each row."""
+"""Name of the buffer, next to the factors of a site, with the slot of the adapter of each row."""
 
 _aten = torch.ops.aten
 _LINEAR = (F.linear,)
@@ -75,7 +75,7 @@ def check_bank_sites(rows: Sequence[PlannedSite]) -> None:
     """Raise if the rows of a batch cannot each have their own factors at a site.
 
     Raises:
-        ExportError: It names the sites and what to do.
+        ExportError: The message names the sites and what to do.
     """
     refused: dict[str, list[str]] = {}
     for row in rows:
@@ -112,7 +112,7 @@ def check_ranks(
         max_rank: The highest rank that the session accepts, if it is lower.
 
     Raises:
-        CheckpointError: It names the sites and what to do.
+        CheckpointError: The message names the sites and what to do.
     """
     bank = manifest.bank
     assert bank is not None
@@ -132,7 +132,7 @@ def check_ranks(
 def stacked(
     manifest: Manifest, adapters: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Stack adapters into banks, by input name, [slots, ...].
+    """Stack the values of adapters into one bank for each adapter input, [slots, ...].
 
     Args:
         manifest: The manifest of the file.
@@ -140,7 +140,8 @@ def stacked(
         base: The base's values of the manifest's parameters, by name.
 
     Returns:
-        Slot 0 is the base; the adapters follow in order. Factors are padded with zeros to the bank's rank.
+        The banks by input name. Slot 0 is the base; the adapters follow in order. Factors are padded with
+        zeros to the bank's rank.
     """
     bank = manifest.bank
     assert bank is not None
@@ -155,7 +156,7 @@ def stacked(
 
 
 def put(slot: Tensor, entry: AdapterInput, value: Tensor | None, neutral: Tensor) -> None:
-    """Write an adapter's value into its slot of a bank, or the neutral value if it is None."""
+    """Write an adapter's ``value`` into a slot of a bank. The rest, or all without a value, is neutral."""
     slot.copy_(neutral)
     if value is not None:
         axis = entry.rank_axis
@@ -206,7 +207,7 @@ def _tag(node: fx.Node) -> Tag | None:
 
 
 class _Work:
-    """The state of editing one graph."""
+    """Editor of one graph for :func:`row_editor`: makes its branches read the factors of each row."""
 
     def __init__(self, graph: fx.Graph, fqn: str, vectors: Collection[str]) -> None:
         self._graph, self._fqn, self._vectors = graph, fqn, vectors
@@ -219,7 +220,7 @@ class _Work:
                 self._holders.setdefault(tag.weight, holder)
 
     def edit(self, node: fx.Node) -> None:
-        """Replace a node of a branch if it reads a factor or a vector of one adapter."""
+        """Make a node of a branch read the factor, bias or gain of each row's adapter."""
         tag = _tag(node)
         assert tag is not None
         target = target_of(node)
@@ -252,11 +253,11 @@ class _Work:
             )
 
     def _is_vector(self, node: fx.Node) -> bool:
-        """Return True if a node reads a vector of the adapter kind: a bias or a gain."""
+        """Return True if a node reads a vector that the kind of adapter adds: a bias or a gain."""
         return str(node.target).rpartition(".")[0].rpartition(".")[2] in self._vectors
 
     def _spread(self, node: fx.Node) -> None:
-        """Replace the read of a vector by a read of each row's vector from the stack."""
+        """Replace the read of a bias or a gain by a read of each row's bias or gain from the stack."""
         base = self._base_of(node)
         with self._graph.inserting_after(node):
             rows = self._graph.call_function(banked.banked_vector)
@@ -282,7 +283,7 @@ class _Work:
         raise AssertionError(node.format_node())
 
     def _read_slots(self, node: fx.Node) -> fx.Node:
-        """Return the node that reads the slots of a branch. It is inserted at the first use."""
+        """Return the node that reads the slot of each row for a branch. The first call inserts the node."""
         tag = node.meta[META_KEY]
         if tag.weight not in self._slots:
             base = self._base_of(node)
@@ -308,7 +309,7 @@ class _Work:
 
 
 class BankModel(FactorModel):
-    """A flat model that takes ids of adapters and their stacks after the tensors of the call.
+    """Model for the export of a bank: takes the tensors of a call, then ids of adapters, then the stacks.
 
     Args:
         prepared: The result of :func:`lora_fx.export.factor_model.swappable` with a bank.
@@ -364,7 +365,7 @@ class BankModel(FactorModel):
         return next(i for i, tensor in enumerate(self.arguments.tensors) if tensor.dim())
 
     def over(self, model: nn.Module) -> BankModel:
-        """Return a flat model with the same call around another copy of the model."""
+        """Return a :class:`BankModel` of the same call around another copy of the model."""
         bank_model = BankModel(self._made, model, self.arguments, self.call, self.bank, self.single)
         bank_model.eval()
         return bank_model
@@ -400,7 +401,7 @@ def prove_rows(model: BankModel) -> None:
     The example call runs with the same tracking of rows as a call inside :func:`lora_fx.adapter_ids`.
 
     Raises:
-        ExportError: It gives the reason and what to do.
+        ExportError: The message gives the reason and what to do.
     """
     tensors, name = model.arguments.tensors, type(model.model).__name__
     if SLOTS_INPUT in model.arguments.names:
@@ -479,7 +480,7 @@ def make_bank_overridable(
 
 
 def constant_tensor(name: str, value: Tensor) -> ir.TensorProtocol:
-    """Return the values of a tensor on the CPU for an initializer."""
+    """Convert a tensor on the CPU to the value of an ONNX initializer."""
     import onnx_ir as ir
 
     if value.dtype == torch.bfloat16:
@@ -545,8 +546,9 @@ def _read_size(node: ir.Node, batched: ir.Value) -> None:
 
 @dataclass(eq=False)
 class AdapterBank(AdapterStore):
-    """Adapters by name, in one stack for each factor. Threads may use, load and unload them at once.
+    """Store of a session's adapters by name, for a file with a bank: one stack for each factor.
 
+    Threads may use, load and unload adapters at once.
     A stack is never written after it was handed out. Loading or unloading an adapter creates new stacks,
     and runs that have begun finish with the old ones. Before the first change the file's stacks are used.
 
@@ -612,7 +614,7 @@ class AdapterBank(AdapterStore):
             self._ranks.pop(name, None)
 
     def chosen(self, choice: AdapterChoice | HeldAdapter) -> HeldAdapter:
-        """Return the adapters to run with. A :class:`HeldAdapter` is returned unchanged.
+        """Look up the adapters of a run by name. A :class:`HeldAdapter` is returned unchanged.
 
         Args:
             choice: A name or None for all rows, or a list with a name or None for each row.
@@ -638,7 +640,7 @@ class AdapterBank(AdapterStore):
         return HeldAdapter({}, bound, {}, len(rows) if several else None, fed)
 
     def _check_open(self) -> None:
-        """Raise if the adapters of the file cannot be replaced."""
+        """Raise if no adapter can be loaded or unloaded, because the adapters are constants of the file."""
         if self.fixed:
             cause = (
                 "it was exported with required_inputs=True"

@@ -64,7 +64,7 @@ __all__ = [
 
 
 _WITHOUT_EFFECT = frozenset({*UNREAD, "num_batches_tracked"})
-"""Parts of keys in a folder that mark tensors without an effect on the outputs."""
+"""Parts of keys of an adapter folder. A tensor with such a key has no effect on the outputs."""
 
 _WRAPPED, _TRAINED_ROWS = "base_layer", ["token_adapter", "trainable_tokens_delta"]
 _ROLES: dict[str, Role] = {
@@ -245,7 +245,7 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
 
 
 def _unfit(config: LoraConfig) -> Iterator[str]:
-    """Yield the reasons why a folder cannot be converted without its model."""
+    """Yield the reasons why an adapter folder cannot become an ``.onnx_adapter`` file without its model."""
     kind = chosen_kind(config)
     if kind.depends:
         yield kind.depends
@@ -258,10 +258,10 @@ def _unfit(config: LoraConfig) -> Iterator[str]:
 
 
 def _folder_tokens(name: str, rows: Tensor, config: LoraConfig) -> dict[str, Tensor]:
-    """Return the trained rows of an embedding.
+    """Return the tokens and the trained rows of an embedding in an adapter folder, by input name.
 
     Raises:
-        CheckpointError: The configuration has another number of tokens.
+        CheckpointError: The configuration has another number of tokens than ``rows``.
     """
     chosen = config.trainable_token_indices
     if isinstance(chosen, Mapping):
@@ -399,7 +399,7 @@ def save_onnx_adapter(
 
 
 def _write_error(error: RuntimeError, folder: Path, size: int) -> OSError:
-    """Return the error of a failed write. ONNX Runtime gives no reason, so check for a full disk."""
+    """Return the ``OSError`` of a failed write. ONNX Runtime gives no reason, so check for a full disk."""
     full = shutil.disk_usage(folder).free < size
     return OSError(errno.ENOSPC if full else errno.EIO, f"ONNX Runtime fails: {reason_of(error)}")
 

@@ -1,4 +1,4 @@
-"""Manifest of the adapter inputs of a file, and the check of values against it."""
+"""Manifest of a file: its adapter inputs, and the check of an adapter's values against the manifest."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ ROWS_AXIS, SLOTS_AXIS = "adapter_rows", "adapter_slots"
 
 Role = Literal["A", "B", "bias", "gain", "parameter", "tokens", "rows"]
 _INDICES, _ROWS = "lora_tokens.indices", "lora_tokens.weight"
-"""Ends of the names of the inputs for trained rows of an embedding."""
+"""Suffixes of the names of the two inputs for trained rows of an embedding: the tokens and the rows."""
 SUFFIXES: dict[Role, str] = {
     "A": "lora_A.weight",
     "B": "lora_B.weight",
@@ -84,7 +84,7 @@ class AdapterInput:
 
     @property
     def rank_axis(self) -> int | None:
-        """Index of the axis with the rank, or a part of it; None for an input without a rank."""
+        """Index of the axis whose size is the rank, or a part of the rank; None if the input has no rank."""
         return self.shape.index(None) if None in self.shape else None
 
     @property
@@ -99,11 +99,11 @@ class AdapterInput:
         return {"gain": 1.0, "tokens": -1.0}.get(self.role, 0.0)
 
     def sized(self, rank: int) -> tuple[int, ...]:
-        """Return the shape at a rank."""
+        """Return the shape of the input for an adapter of this rank."""
         return tuple(rank // self.multiple if size is None else size for size in self.shape)
 
     def fill(self, rank: int) -> Tensor:
-        """Return the neutral value at a rank. A parameter has none."""
+        """Return the tensor that stands for no adapter, at a rank. A parameter has no such tensor."""
         assert self.neutral is not None
         return torch.full(self.sized(rank), self.neutral, dtype=self.torch_dtype)
 
@@ -118,7 +118,7 @@ class AdapterInput:
         return 0 if self.rank_axis is None else shape[self.rank_axis] * self.multiple
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Return True if a value may have this shape."""
+        """Return True if the input takes values of this shape, at any rank."""
         return len(shape) == len(self.shape) and all(
             want is None or want == size for want, size in zip(self.shape, shape, strict=True)
         )
@@ -130,12 +130,12 @@ class AdapterInput:
 
 @dataclass(frozen=True)
 class SiteInputs:
-    """The inputs of one site.
+    """Adapter inputs of one site of a file.
 
     Attributes:
         name: FQN of the site.
         family: ``linear``, ``conv`` or ``embedding``.
-        dtype: torch's name of the dtype of its inputs. A gain is in fp32 at least, because half precision
+        dtype: torch's name of the dtype of the inputs. A gain is in fp32 at least, because half precision
             cannot hold small differences from 1.
         a: Shape of A in the file, None for the rank: [in, r], [E, in, r], or [r, in/g, *k] for a
             convolution.
@@ -185,12 +185,12 @@ class SiteInputs:
 
 @dataclass(frozen=True)
 class ParameterInput:
-    """A parameter that each adapter has its own values of: of a head, a norm, or a bias.
+    """Input for a parameter of which each adapter has its own values, such as of a head, a norm or a bias.
 
     Attributes:
         name: FQN of the parameter, and name of its input.
         dtype: torch's name of its dtype.
-        shape: Its shape.
+        shape: Shape of the parameter.
     """
 
     name: str
@@ -201,13 +201,13 @@ class ParameterInput:
     least_rank: ClassVar = 1
 
     def inputs(self) -> Iterator[AdapterInput]:
-        """Yield the only input."""
+        """Yield the input of the parameter."""
         yield AdapterInput(self.name, self.name, "parameter", self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """Rows of an embedding that an adapter has trained for its own tokens.
+    """Inputs for the rows of an embedding that an adapter has trained for its own tokens.
 
     The tokens of an adapter with fewer rows end with -1.
 
@@ -250,7 +250,7 @@ class TokenInputs:
         return {**values, **dict(zip(self.names, filled, strict=True))}
 
     def problems(self, values: Mapping[str, Tensor]) -> Iterator[str]:
-        """Yield the errors of an adapter's values, which have the right shapes."""
+        """Yield the errors in the tokens and rows of an adapter, whose shapes are already checked."""
         tokens, rows = (values.get(name) for name in self.names)
         if tokens is None or rows is None:
             if tokens is not rows:
@@ -301,11 +301,11 @@ class Manifest:
 
     @property
     def targets(self) -> tuple[SiteInputs | ParameterInput | TokenInputs, ...]:
-        """The sites, then the parameters, then the embeddings."""
+        """All entries of the manifest: the sites, then the parameters, then the embeddings."""
         return (*self.sites, *self.parameters, *self.tokens)
 
     def require(self) -> Manifest:
-        """Return the manifest of the same file without defaults."""
+        """Return the manifest of the same file with ``required=True``: no input has a default."""
         bank = self.bank
         if bank is not None:
             bank = dataclasses.replace(bank, capacity=len(bank.adapters))
@@ -313,12 +313,12 @@ class Manifest:
 
     @property
     def choosing(self) -> tuple[str, ...]:
-        """Inputs that choose the adapters of a run. If a file lacks one of them, the base would run."""
+        """Names of inputs that choose the adapter of a run. A file that lacks them would run the base."""
         return tuple(self.inputs) if self.bank is None else (SLOTS_INPUT,)
 
     @property
     def replaceable(self) -> tuple[str, ...]:
-        """Inputs that further adapters are loaded into."""
+        """Names of the inputs that a session needs to load further adapters."""
         return () if self.bank is not None and self.required else tuple(self.inputs)
 
     def missing(self, inputs: Collection[str]) -> tuple[list[str], list[str]]:
@@ -488,7 +488,7 @@ def _lacking(manifest: Manifest, values: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def _unknown(name: str, manifest: Manifest) -> str:
-    """Describe a value that is not an input of the file, and how to fix it."""
+    """Return the error text, with a remedy, for a value whose name is not an input of the file."""
     near = hint(name, manifest.inputs, " (the nearest that there is: {})", count=1)
     suffix = next((ending for ending in SUFFIXES.values() if name.endswith(f".{ending}")), None)
     if suffix is None:

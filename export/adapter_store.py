@@ -34,7 +34,7 @@ _CACHED_SUMS = 8
 
 @dataclass(frozen=True, eq=False)
 class HeldAdapter:
-    """An adapter that is ready to run. It is compared by identity.
+    """Adapter of a session, ready to run. Two of these objects are equal only if they are identical.
 
     Attributes:
         values: Values on the CPU, by input name.
@@ -66,7 +66,7 @@ class HeldAdapter:
 
 @dataclass(eq=False)
 class AdapterStore:
-    """Adapters by name. Threads may use, load and unload them at once.
+    """Store of a session's adapters by name. Threads may use, load and unload adapters at once.
 
     Args:
         runtime: The onnxruntime module.
@@ -138,7 +138,7 @@ class AdapterStore:
             del self._held[name]
 
     def chosen(self, choice: AdapterChoice | HeldAdapter) -> HeldAdapter:
-        """Return the adapter to run with. A :class:`HeldAdapter` is returned unchanged.
+        """Look up the adapter of a run, or compute a sum. A :class:`HeldAdapter` is returned unchanged.
 
         Raises:
             ConfigError: There is no such adapter, a weight is not a finite number, or the ranks add up to
@@ -219,7 +219,7 @@ class AdapterStore:
 def weighted_sum(
     manifest: Manifest, parts: list[tuple[Mapping[str, Tensor], float]]
 ) -> dict[str, Tensor]:
-    """Return one adapter equal to a weighted sum of adapters. It is exact, because the ranks add up.
+    """Return one adapter equal to a weighted sum of adapters. The sum is exact, because the ranks add up.
 
     Args:
         manifest: The manifest of the file.

@@ -155,7 +155,7 @@ class FlatModel(nn.Module):
         return call(self.model, *args, **kwargs)
 
     def over(self, model: nn.Module) -> FlatModel:
-        """Return a flat model with the same call around another model."""
+        """Return a :class:`FlatModel` of the same call around another model."""
         return FlatModel(model, self.arguments, self.call).eval()
 
     def extras(self) -> tuple[Extra, ...]:
@@ -361,7 +361,7 @@ Outputs: TypeAlias = list[tuple[str, Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """One call with the outputs of PyTorch.
+    """One call with the outputs of PyTorch, with which a file is compared.
 
     Attributes:
         inputs: The tensors, in the order of the inputs and in the dtypes of the file.
@@ -378,7 +378,7 @@ class Case:
 
 
 class Checked(Protocol):
-    """The reference that a file is compared with: a model under the exported call."""
+    """Protocol of the reference that a file is compared with: a model, and the call that is exported."""
 
     @property
     def model(self) -> nn.Module:
@@ -392,5 +392,8 @@ class Checked(Protocol):
 
 
 Cases: TypeAlias = Callable[[Checked], Iterator[Case]]
-"""Function that yields calls of a model. An output that is fed to the next call is cast to the dtype of the
-file's input, because the model may compute in higher precision."""
+"""Function that yields the calls on which a file is compared with a model.
+
+An output that is fed to the next call is cast to the dtype of the file's input, because the model may compute
+in higher precision.
+"""

@@ -193,7 +193,7 @@ def _quantized_product(
 
 
 def _mixture(*arguments: Any) -> Any:
-    """Translate a mark of :mod:`lora_fx.export.mixtures`. The fusions read it and then remove it."""
+    """Translate a mark of :mod:`lora_fx.export.mixtures` to a node, which fusions read and then remove."""
     import onnx
     from onnxscript import values
 
@@ -286,7 +286,7 @@ def _histc(input: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> A
 
 
 def expand_grouped(model: ir.Model) -> None:
-    """Replace every grouped product by a split and a product for each group.
+    """Replace every grouped product, such as of experts, by a split and a product for each group.
 
     Args:
         model: Changed in place. Its weights have their final names.
@@ -354,7 +354,7 @@ def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None
 
 
 def _replace(node: ir.Node, tape: ir.tape.Tape, output: ir.Value) -> None:
-    """Replace a node by the nodes of a tape and its output by ``output``."""
+    """Replace a node by the new nodes on a tape, and the output of the node by ``output``."""
     import onnx_ir as ir
 
     for tape_node in tape.nodes:
@@ -365,7 +365,7 @@ def _replace(node: ir.Node, tape: ir.tape.Tape, output: ir.Value) -> None:
 
 
 def _sizes(tape: Any, rows: ir.Value, ends: ir.Value) -> ir.Value:
-    """Count the rows in each group and the rows after the last group."""
+    """Return a vector with the number of rows of each group, and of the rows after the last group."""
     wide = tape.op("Cast", [ends], {"to": 7})
     count = tape.op("Shape", [rows], {"start": 0, "end": 1})
     stops = tape.op("Concat", [wide, count], {"axis": 0})
@@ -395,7 +395,7 @@ def _matrices(tape: Any, weight: ir.Value, groups: int) -> list[ir.Value]:
 
 
 def _size(tape: Any, value: ir.Value, axis: int) -> Any:
-    """Return a size as a tensor: a constant, or a ``Shape`` if the size is known only at run time."""
+    """Return the size of one axis as a tensor: a constant, or a ``Shape`` if only a run knows the size."""
     assert value.shape is not None
     size = value.shape[axis]
     if isinstance(size, int):
@@ -707,7 +707,7 @@ def _nothing(*_: object, **__: object) -> None:
 
 
 def _repaired(program: ExportedProgram) -> ExportedProgram:
-    """Rewrite operations that torch.onnx cannot translate as equivalent ones that it can.
+    """Replace operations that torch.onnx cannot translate by equivalent operations.
 
     Args:
         program: Result of ``torch.export``. Its graph is changed in place.
@@ -776,7 +776,7 @@ def _refuse_train_mode(program: ExportedProgram, prefix: str) -> None:
         prefix: Prefix of the FQNs of its modules.
 
     Raises:
-        ExportError: It names the operation, its module and its line.
+        ExportError: The message names the operation, its module and its line.
     """
     for node in program.graph.nodes:
         if node.op != "call_function":
@@ -804,7 +804,7 @@ def _refuse_randomness(model: ir.Model, prefix: str) -> None:
         prefix: Prefix of the FQNs of its modules.
 
     Raises:
-        ExportError: It names the operation, its module and its line.
+        ExportError: The message names the operation, its module and its line.
     """
     for node in model.graph.all_nodes():
         if node.op_type not in _RANDOM_OPS:
@@ -848,10 +848,10 @@ def _make_overridable(
 
 
 def _input_with_rows(trace: Trace) -> str:
-    """Return the name of the first input with a batch. A bank needs a batch of any size.
+    """Return the name of the first input whose first axis is the batch, for a file with a bank.
 
     Raises:
-        ExportError: The size of the batch is fixed. The message has the reason.
+        ExportError: The size of the batch is fixed, which a bank does not support. The message says why.
     """
     pairs = zip(trace.arguments.names, trace.axes, strict=True)
     name, first = next((name, axes[0]) for name, axes in pairs if axes)
@@ -864,7 +864,7 @@ def _input_with_rows(trace: Trace) -> str:
 
 
 def _feed_as_stored(value: ir.Value) -> None:
-    """Let a Gemm read a factor directly instead of through a ``Transpose``, by flipping its flag."""
+    """Let each Gemm read a factor directly, not through a ``Transpose``: flip ``transA`` or ``transB``."""
     import onnx_ir as ir
 
     for node, _ in list(value.uses()):

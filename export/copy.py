@@ -70,7 +70,9 @@ _DENSE_INSTEAD = (
 
 
 class StandIn(nn.Module):
-    """Replacement of a quantized parameter, [out, in] or a stack of such matrices.
+    """Module in place of a quantized parameter, which supports only products with the weight.
+
+    The parameter is a matrix [out, in] or a stack of such matrices.
 
     Attributes:
         where: FQN of the parameter.
@@ -111,11 +113,11 @@ class StandIn(nn.Module):
         return _Turned(self)
 
     def t(self) -> _Turned:
-        """Return ``T``."""
+        """Return :attr:`T`, as on a tensor."""
         return _Turned(self)
 
     def transpose(self, first: int, second: int) -> _Turned:
-        """Return ``T``. The axes must be the last two."""
+        """Return :attr:`T`, as on a tensor. The axes must be the last two."""
         count = len(self.shape)
         if {first % count, second % count} != {count - 2, count - 1}:
             raise self.refusal("transpose")
@@ -145,7 +147,7 @@ class StandIn(nn.Module):
 
 
 class _Turned:
-    """Transpose of a stand-in, [in, out]."""
+    """Transpose of a :class:`StandIn`, [in, out], for products such as ``x @ weight.T``."""
 
     def __init__(self, weight: StandIn) -> None:
         self.weight = weight
@@ -200,7 +202,7 @@ class HeldWeight(StandIn):
 
 
 def _hold_quantized(twin: nn.Module) -> None:
-    """Replace every quantized parameter by a stand-in.
+    """Replace every quantized parameter by a :class:`HeldWeight`.
 
     Args:
         twin: A copy of a model that shares its memory. It is changed.
@@ -230,7 +232,7 @@ def _hold_quantized(twin: nn.Module) -> None:
 
 
 def _release(module: nn.Module) -> None:
-    """Turn a layer of a quantization library into ``nn.Linear``, and drop its state for the weight."""
+    """Turn a layer of a quantization library into ``nn.Linear``, and drop the library's state in it."""
     is_quantized_layer = written_out_layer(module, type(module)) is not None
     for weight_format in formats():
         weight_format.layers.release(module)
@@ -252,7 +254,7 @@ def _is_grouped(func: Any) -> bool:
 
 
 def _ends(args: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
-    """Return the ends of the groups from the arguments of a grouped product without a bias."""
+    """Return the argument of a grouped product that has the end of each group of rows."""
     ends: Tensor = args[2] if len(args) > 2 else named["offs"]
     return ends
 
@@ -294,7 +296,7 @@ def _onnx_weight_of(weight: HeldWeight) -> OnnxWeight:
 
 
 class PackedWeight(StandIn):
-    """A quantized weight as ``weight.codes``, ``weight.scales`` and, for some formats, ``weight.zeros``.
+    """Stand-in that keeps a weight as an ONNX operator reads it: codes, scales and, for some formats, zeros.
 
     Args:
         weight: The quantized weight.
@@ -518,7 +520,7 @@ def exportable_twin(
 
 
 def _refuse_other_implementations(twin: nn.Module) -> None:
-    """Raise if graphs of quantized experts lack grouped products. A file reads a stack in no other way."""
+    """Raise if a rewritten model has quantized experts but no grouped products, the only form in a file."""
     for module in twin.modules():
         chosen = experts_implementation(module)
         stacks = [child for child in module.children() if isinstance(child, StandIn)]
@@ -581,7 +583,7 @@ def _check_devices(model: nn.Module) -> None:
 
 
 def _compute_parametrized(twin: nn.Module) -> None:
-    """Replace weights that are computed from others by constants (``torch.nn.utils.parametrize``)."""
+    """Replace weights that ``torch.nn.utils.parametrize`` computes by constants with the same values."""
     for module in twin.modules():
         if not parametrize.is_parametrized(module):
             continue

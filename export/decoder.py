@@ -30,7 +30,7 @@ _CROSS = ".encoder."
 _LOGITS = "logits"
 
 _ROOM = 256
-"""Number of free positions that new buffers have at least, within the largest length of a text."""
+"""Least number of free positions in new buffers of a cache, up to the largest length of a text."""
 
 
 class Decodes:
@@ -56,7 +56,7 @@ class Decodes:
     _cache_place: torch.device | Place
 
     def _hold(self, adapter: AdapterChoice) -> Any:
-        """Return the adapter for each file of the model, without a change of adapters in between."""
+        """Look up an adapter in the session of each file of the model, with no load or unload in between."""
         raise NotImplementedError
 
     def _value(self, port: Port, value: Tensor) -> Any:
@@ -72,13 +72,13 @@ class Decodes:
         raise NotImplementedError
 
     def _run_bound(self, binding: Any, shapes: Callable[[], Mapping[str, Sequence[int]]]) -> None:
-        """Run a binding. ``shapes`` is called for the message of an error."""
+        """Run the file on a binding. ``shapes`` returns the input shapes, for the message of an error."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Keys or values of one layer.
+    """Keys or values of one layer of the cache: an input and an output of the file.
 
     Attributes:
         past: The input.
@@ -94,7 +94,7 @@ class _Entry:
 
     @classmethod
     def of(cls, port: Port) -> _Entry:
-        """Return the entry of an input.
+        """Return the entry for an input of the file.
 
         Raises:
             ExportError: The heads or the width are not fixed.
@@ -113,7 +113,7 @@ class _Entry:
 
 @dataclass(eq=False)
 class _BufferCache:
-    """Cache in buffers on the device of the session.
+    """Key-value cache in preallocated buffers on the device of the session.
 
     Two sets of buffers are read and written in turn. A file whose attention appends in place (``shared``) has
     a single set, with room for more positions than are filled.
@@ -137,7 +137,7 @@ class _BufferCache:
     _room: int = 0
 
     def bind(self, binding: Any, past: int, total: int) -> None:
-        """Bind a step that reads ``past`` positions and writes ``total``."""
+        """Bind the cache for a step that reads ``past`` positions and returns ``total`` positions."""
         grows = total > self._room
         old = self._sets
         if grows:
@@ -160,7 +160,7 @@ class _BufferCache:
         """Do nothing, because the step has written its keys and values into the buffers."""
 
     def reorder(self, rows: Tensor, past: int) -> None:
-        """Make row i continue from row ``rows[i]``."""
+        """Reorder the cache for beam search: row i gets the cache of row ``rows[i]``."""
         if self.device.type != "cpu" and not torch.cuda.is_available():
             raise ExportError(
                 f"beam search reorders a cache on {self.device.type} with PyTorch, and this PyTorch has no "
@@ -208,7 +208,7 @@ class _BufferCache:
 
 @dataclass(eq=False)
 class _ReturnedCache:
-    """Cache in memory that ONNX Runtime allocates at each step, for devices without PyTorch.
+    """Key-value cache in memory that ONNX Runtime allocates at each step, for devices without PyTorch.
 
     Args:
         runtime: The onnxruntime module.
@@ -224,7 +224,7 @@ class _ReturnedCache:
     _values: dict[str, Any] = field(default_factory=dict)
 
     def bind(self, binding: Any, past: int, total: int) -> None:
-        """Bind a step that reads ``past`` positions and writes ``total``."""
+        """Bind the cache for a step that reads ``past`` positions and returns ``total`` positions."""
         for entry in self.entries:
             if not past:
                 empty = torch.zeros(
@@ -235,20 +235,20 @@ class _ReturnedCache:
             binding.bind_output(entry.present, self.device.type, self.device.index)
 
     def taken(self, binding: Any) -> None:
-        """Keep the outputs of a step."""
+        """Keep the keys and values that a step returned, as inputs of the next step."""
         # Outputs come in the order in which they were bound, with the logits last.
         for entry, value in zip(self.entries, binding.get_outputs(), strict=False):
             self._values[entry.past.name] = value
 
     def reorder(self, rows: Tensor, past: int) -> None:
-        """Make row i continue from row ``rows[i]``, with a copy through the CPU."""
+        """Reorder the cache for beam search, on the CPU: row i gets the cache of row ``rows[i]``."""
         for name, value in self._values.items():
             moved = torch.from_numpy(value.numpy())[rows]
             self._values[name] = ort.to_runtime(self.runtime, moved)
 
 
 class Decoder:
-    """Decoder and its state in a batch of texts.
+    """Step-by-step run of a decoder on a batch of texts, with the key-value cache as state.
 
     Args:
         session: Session of the decoder's file.
@@ -347,7 +347,10 @@ class Decoder:
         return last.to(torch.float32, copy=True)
 
     def reorder(self, rows: Tensor) -> None:
-        """Make text i continue from text ``rows[i]``. Both must have the same mask and source."""
+        """Reorder the cache for beam search: text i continues from text ``rows[i]``.
+
+        Both texts must have the same mask and source.
+        """
         self._cache.reorder(rows, self._past)
 
     def forget(self) -> None:
@@ -383,7 +386,7 @@ class Decoder:
         }
 
     def _check(self) -> None:
-        """Raise for shapes that the file does not take, as each call of a session does."""
+        """Raise if the file does not take the shapes of this step, as ``OnnxSession.run`` does."""
         session, shapes = self._session, self._shapes()
         for name, shape in shapes.items():
             ort.check_shape(self._ports[name], shape)

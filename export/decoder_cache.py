@@ -35,7 +35,7 @@ __all__ = [
 # positions beyond the window, and all layers have the same length.
 
 Past: TypeAlias = Mapping[int, Mapping[str, Tensor]]
-"""Key and value tensors, under "key" and "value", by number of the layer."""
+"""Cache as tensors: for each layer index a mapping with the tensors "key" and "value"."""
 
 _NAMES = ("cache", "past_key_values")  # the name since transformers 5.24, and the name before
 

@@ -28,10 +28,10 @@ __all__ = ["Deferred"]
 
 @dataclass
 class _Entry:
-    """A weight without memory.
+    """Record of one deferred weight.
 
     Attributes:
-        stand_in: The tensor that stands in its place, contiguous.
+        stand_in: The tensor without memory in place of the weight, contiguous.
         make: Computes the weight; None if ``stand_in`` has the values.
     """
 
@@ -66,7 +66,10 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         return stand_in
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator over the values of the weights that it reads. A view stays without values."""
+        """Run an operator, and compute the deferred weights that it reads.
+
+        An operator that returns a view of a weight reads no values.
+        """
         kwargs = kwargs or {}
         if not any(map(self._entry_of, _operands((*args, *kwargs.values())))):
             return func(*args, **kwargs)
@@ -102,7 +105,7 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         return values.contiguous()
 
     def _keep_written(self, schema: Any, args: Any, kwargs: Any) -> None:
-        """Give memory to weights that an operator writes into."""
+        """Compute the deferred weights that an operator writes into, and keep their values in memory."""
         named = dict(zip((argument.name for argument in schema.arguments), args, strict=False))
         named |= kwargs
         for argument in schema.arguments:
@@ -118,7 +121,7 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
                 entry.stand_in.copy_(values)
 
     def link(self, model: ir.Model, used: Iterable[Tensor]) -> bool:
-        """Let the weights of a graph be computed when they are written.
+        """Make an ONNX graph compute its deferred weights when it is written to a file.
 
         Args:
             model: The graph, with weights that are views of stand-ins. It is changed in place.

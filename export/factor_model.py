@@ -141,12 +141,12 @@ def _public(name: str) -> str:
 
 
 _ADAPTER = "inputs"
-"""Name of the only adapter."""
+"""Name of the only adapter in the model of a :class:`Swappable`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Swappable:
-    """Copy of a model that shares its weights and has one adapter.
+    """Copy of a model over the same weights, with one adapter whose factors become inputs of a file.
 
     Attributes:
         model: The copy. Its graphs have the canonical form, with scale 1 and without dropout.
@@ -213,7 +213,7 @@ def swappable(
 
 
 def _check_without_graphs(capture: Capture, rows: Sequence[PlannedSite], *, in_rows: bool) -> None:
-    """Raise if a site without a graph needs one for factors that are inputs.
+    """Raise if the factors of a site cannot become inputs because its module has no graph.
 
     Args:
         capture: The model.
@@ -221,7 +221,7 @@ def _check_without_graphs(capture: Capture, rows: Sequence[PlannedSite], *, in_r
         in_rows: True if each row of a batch has its own adapter.
 
     Raises:
-        ExportError: The message has the site and the reason why it has no graph.
+        ExportError: The message has the site and the reason why its module has no graph.
     """
     for row in rows:
         reasons = [capture.regions[call.region].not_run for call in row.site.calls]
@@ -263,10 +263,10 @@ def with_adapter(model: nn.Module, name: str) -> nn.Module:
 
 
 def check_swappable(name: str, adapter: AdapterRecord) -> None:
-    """Raise if an adapter does more than add a low-rank product and replace values of the base.
+    """Raise unless an adapter only adds low-rank products and replaces parameters, which a file can take.
 
     Raises:
-        ExportError: The message lists everything else that it does.
+        ExportError: The message lists everything else that the adapter does.
     """
     more = list(dict.fromkeys(_more(adapter)))
     if more:
@@ -324,7 +324,7 @@ def trained_tokens(record: Record) -> tuple[PlannedTokens, ...]:
 
 
 def _union(record: Record) -> tuple[PlannedSite, ...]:
-    """Return each site of any adapter once, with the union of the kinds at it."""
+    """Return the sites of all adapters, each once, with the union of the kinds at the site."""
     sites: dict[str, PlannedSite] = {}
     for row in (row for adapter in record.adapters.values() for row in adapter.sites):
         previous = sites.get(row.name, row)
@@ -342,7 +342,10 @@ def _union(record: Record) -> tuple[PlannedSite, ...]:
 
 
 def _with_given_gains(region: Region) -> fx.Graph | None:
-    """Return a graph whose gains are inputs, without the calls that compute them from magnitudes."""
+    """Return a graph with gains as inputs, without the calls that compute gains from magnitudes.
+
+    Return None for a graph without gains.
+    """
     handed = [function for kind in kinds() for function in kind.handed]
     if not calls_of(region.graph, handed):
         return None
@@ -350,14 +353,14 @@ def _with_given_gains(region: Region) -> fx.Graph | None:
 
 
 def calls_of(graph: fx.Graph, targets: Sequence[object]) -> list[fx.Node]:
-    """Return the nodes that call one of these functions."""
+    """Return the nodes of a graph that call one of the functions ``targets``."""
     return [node for node in graph.nodes if any(target_of(node) is target for target in targets)]
 
 
 def replace_calls(
     graph: fx.Graph, targets: Sequence[object], make: Callable[[fx.Graph, fx.Node], Any]
 ) -> fx.Graph:
-    """Return a copy of a graph in which the result of ``make`` replaces each call of these functions."""
+    """Return a copy of a graph in which the result of ``make`` replaces each call of ``targets``."""
     graph = copy_graph(graph)
     for node in calls_of(graph, targets):
         with graph.inserting_before(node):
@@ -368,7 +371,7 @@ def replace_calls(
 
 
 class FactorModel(FlatModel):
-    """Flat model that takes all adapter inputs of its manifest after the tensors of the call.
+    """Model that takes the tensors of a call, then all adapter inputs of its manifest.
 
     Args:
         prepared: Result of :func:`lora_fx.export.factor_model.swappable`.
@@ -415,7 +418,7 @@ class FactorModel(FlatModel):
     def handed(
         self, factors: Sequence[Tensor], call: Callable[..., object], *args: Any, **kwargs: Any
     ) -> Any:
-        """Return ``call(model, *args, **kwargs)``, computed with other values of the adapter.
+        """Return ``call(model, *args, **kwargs)``, with ``factors`` as the values of the adapter.
 
         Args:
             factors: Values of the adapter inputs, in order.
@@ -428,7 +431,7 @@ class FactorModel(FlatModel):
     def parameters_of(
         self, tensors: Sequence[Tensor], slots: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Return tensors for the parameters of a call, by their names.
+        """Return the tensors that replace parameters of the model in a call, by name.
 
         Args:
             tensors: Values of the adapter inputs, in order.
@@ -477,10 +480,10 @@ class FactorModel(FlatModel):
 
     @torch.no_grad()
     def merged(self, factors: Sequence[Tensor], keep: Keep) -> FlatModel:
-        """Return a flat model with the same call and the adapter inputs merged into the weights.
+        """Return a :class:`FlatModel` of the same call with an adapter merged into the weights.
 
-        The file is compared with it, so it shares no code with the file: it has no branch, no graph and no
-        low-rank product. The values of :meth:`loose_biases` are left out.
+        A file is compared with this model. So the model shares no code with the file: it has no branch, no
+        graph and no low-rank product. The values of :meth:`loose_biases` are left out.
 
         Args:
             factors: The values, in the order of the inputs.
@@ -522,7 +525,7 @@ class FactorModel(FlatModel):
         return FlatModel(dense, self.arguments, self.call).eval()
 
     def loose_biases(self) -> set[str]:
-        """Return the inputs for a bias on B of an operation that has no bias: no weight can take them."""
+        """Return the names of bias inputs that cannot be merged: their operation has no bias parameter."""
         return {
             input_.name
             for row, site in zip(self._made.rows, self.manifest.sites, strict=True)
@@ -531,7 +534,7 @@ class FactorModel(FlatModel):
         }
 
     def _foldable(self) -> Record:
-        """Return the record without biases that no weight can take."""
+        """Return the record without the biases of :meth:`loose_biases`, so that it can be merged."""
         record = self._made.record
         adapter = record.adapters[_ADAPTER]
         rows = tuple(
@@ -543,13 +546,13 @@ class FactorModel(FlatModel):
         )
 
     def over(self, model: nn.Module) -> FactorModel:
-        """Return a flat model with the same call around another copy of the model."""
+        """Return a :class:`FactorModel` of the same call around another copy of the model."""
         other = FactorModel(self._made, model, self.arguments, self.call).eval()
         other.rank = self.rank
         return other
 
     def extras(self) -> tuple[Extra, ...]:
-        """Return the adapter inputs as torch.export sees them.
+        """Return the adapter inputs as extra arguments for torch.export, with examples and dynamic axes.
 
         Both factors of a site share one rank. Each site has its own rank, unless there is one for all.
         """
@@ -618,7 +621,7 @@ def random_factors(
     Returns:
         Values by the names of the inputs. A keeps the magnitude of its input, and B scales it to a tenth. A
         matrix among the parameters keeps the magnitude, too, and a vector is close to 1. Sites that read one
-        of the parameters have neutral values, because no adapter has both.
+        of the parameters have neutral values, because no adapter has both factors and the parameter.
     """
     draw = torch.Generator().manual_seed(seed)
     most = max_rank if manifest.bank is None else manifest.bank.rank
@@ -694,7 +697,7 @@ def _token_inputs(model: nn.Module, row: PlannedTokens) -> TokenInputs:
 
 
 def _unbiased(row: PlannedSite) -> str:
-    """Return the kind of a site without its bias on B."""
+    """Return the name of a site's kind with the bias on B left out."""
     slots = kind_of(row).slots(row.site)
     return kind_with([slot.name for slot in slots if slot.role != "bias"], row.site)
 

@@ -86,7 +86,7 @@ def user_line(stack: str) -> str:
 
 
 def inner_module(names: list[str], prefix: str) -> str:
-    """Return the innermost module of ``names`` without their common prefix."""
+    """Return the last FQN of ``names``, the innermost module, without ``prefix``; "" for the root."""
     root = prefix.removesuffix(".")
     inner = [name for name in names if name and name != root]
     return inner[-1].removeprefix(prefix) if inner else ""
@@ -116,14 +116,14 @@ def here(modules: Mapping[int, str]) -> SourceLocation:
 
 
 def _op_name(target: Any) -> str:
-    """Return ``aten.add`` for ``aten.add.Tensor``, and a name for any other target."""
+    """Return the name of an operation without its overload: ``aten.add`` for ``aten.add.Tensor``."""
     if isinstance(target, torch_private.OpOverload):
         return str(target.overloadpacket)
     return str(getattr(target, "__name__", target or ""))
 
 
 class SizeRecord:
-    """Record of the size symbols that torch.export replaced while it traced a model."""
+    """Record of the locations in a model where torch.export fixed the size of an axis during a trace."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = {id(module): name for name, module in model.named_modules()}
@@ -173,7 +173,7 @@ class SizeRecord:
 
 @contextmanager
 def record_sizes(model: nn.Module) -> Iterator[SizeRecord]:
-    """Record the replaced size symbols of traces that begin inside the block."""
+    """Record where torch.export fixes sizes of axes, in traces that begin inside the block."""
     witness = SizeRecord(model)
     original = getattr(ShapeEnv, torch_private.REPLACEMENT_METHOD)
 
@@ -206,7 +206,7 @@ def reason_of_failure(
 
     Args:
         error: The error that torch.export raised.
-        witness: Record of that trace.
+        witness: Record of the sizes in that trace.
         names: Names of the inputs.
         tensors: The inputs of the call that was traced.
     """
@@ -236,7 +236,7 @@ def _fixed(
 
 
 def join_failures(failures: Iterable[str]) -> str:
-    """Join failures of the form ``attempt: reason``, with equal reasons once."""
+    """Join failures of the form ``attempt: reason`` into one text, in which each reason occurs once."""
     ways: dict[str, list[str]] = {}
     for failure in failures:
         way, _, reason = failure.partition(": ")

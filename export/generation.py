@@ -115,7 +115,7 @@ def _prompt(
 
 
 def _inferred_mask(ids: Tensor, settings: GenerationSettings) -> Tensor:
-    """Mask pad tokens, unless they are also end-of-sequence tokens, as transformers does."""
+    """Return the mask of prompts that came without one: pad tokens get 0, unless they also end sequences."""
     pad = settings.pad_token_id
     if pad is None or pad in settings.eos_token_id:
         return torch.ones_like(ids)
@@ -172,7 +172,7 @@ The stopping criteria of transformers have this form.
 
 @dataclass
 class _Call:
-    """One call of generation, with its arguments read.
+    """State of one call of ``generate`` or ``stream``, with checked arguments.
 
     Attributes:
         ids: The prompts, each repeated for every continuation of it, [rows, sequence].
@@ -217,7 +217,7 @@ class _Call:
         return (tokens[:, None] == self._ends).any(dim=1)
 
     def sampled(self) -> Iterator[Tensor]:
-        """Yield the next tokens, [rows], until all texts end, and append them to ``ids``."""
+        """Yield the next token of each text, [rows], until all texts end, and append it to ``ids``."""
         settings = self.settings
         count = self.ids.shape[1]
         whole = torch.empty(len(self.ids), self.length, dtype=torch.long)
@@ -243,7 +243,7 @@ class _Call:
                 over = not unfinished.any()
 
     def searched(self) -> Tensor:
-        """Return the texts of beam search, [batch · num_return_sequences, length]."""
+        """Run beam search, and return the texts, [batch · num_return_sequences, length]."""
 
         def ends(ids: Tensor) -> Tensor:
             ended = torch.full((len(ids),), ids.shape[1] >= self.length)
@@ -341,7 +341,7 @@ def _pieces(call: _Call, tokenizer: Any, decode: Mapping[str, Any]) -> Iterator[
 
 @dataclass(frozen=True)
 class _Changes:
-    """Settings with their own argument in ``generate``. None keeps the model's setting."""
+    """Settings that are arguments of ``generate``, such as ``top_k``. None keeps the model's setting."""
 
     max_new_tokens: int | None
     do_sample: bool | None
@@ -545,7 +545,7 @@ class Generates(Decodes):
         *,
         alone: bool = False,
     ) -> _Call:
-        """Read the arguments of a call. With ``alone``, raise unless they are for one text."""
+        """Check the arguments of a call of ``generate``, and prepare it. ``alone`` allows only one text."""
         remembered = _remembered(self)
         own = remembered["defaults"]
         defaults = own | _fields(control.generation_config)
@@ -607,12 +607,12 @@ def _check_alone(rows: int, settings: GenerationSettings) -> None:
 
 
 _NEVER = -1e9
-"""Score of a candidate that must not be chosen. It is not -inf, so that sums of it still have an order."""
+"""Score of a candidate that must not be chosen. It is finite, so that sums of scores still have an order."""
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """Candidates of the running beams, the best first.
+    """Candidates for the next step of beam search: beams with one more token, the best first.
 
     Attributes:
         scores: Sums of log-probabilities, [batch, candidates].
@@ -746,7 +746,7 @@ class BeamSearch:
         self._found = torch.cat([self._found, ended], dim=1).gather(1, best)
 
     def _update(self, ended: Tensor) -> None:
-        """Check if a running text may still become better than the worst complete text."""
+        """End the search if no running text can become better than the worst complete text."""
         settings = self._settings
         longest = settings.early_stopping == "never" and settings.length_penalty > 0
         length = (self._length if longest else self._now) - self._prompt

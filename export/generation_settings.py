@@ -103,7 +103,7 @@ def _named(name: str, values: Mapping[str, Any], known: Collection[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as it is stored in a file: JSON has no tuples, and its keys are strings."""
+    """Return a value as JSON stores it: lists instead of tuples, and keys that are strings."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -389,7 +389,10 @@ def _force(tokens: Sequence[int]) -> Processor:
 
 
 def _repetition(penalty: float, mask: Tensor | None) -> Processor:
-    """Divide positive and multiply negative logits of earlier tokens (arXiv 1909.05858)."""
+    """Return a processor for the repetition penalty (arXiv 1909.05858).
+
+    It divides positive and multiplies negative logits of earlier tokens.
+    """
     padding = None if mask is None else (mask != 0).int().argmax(dim=1)
 
     def penalize(ids: Tensor, scores: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def _node(node: onnx.NodeProto) -> FileNode:
 
 
 def _scope(text: str) -> tuple[str, ...]:
-    """Parse the modules of a node from a list of names. The last name is the node's own and is dropped."""
+    """Return the FQNs of the modules of a node from the list in its metadata, without the node's own name."""
     try:
         names = ast.literal_eval(text) if text else []
     except (SyntaxError, ValueError):
@@ -208,7 +208,7 @@ class State(StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the report.
+    """Result of one check of a file: a line of the report.
 
     Attributes:
         topic: Heading that the line belongs to.

@@ -43,17 +43,17 @@ class Mixture(NamedTuple):
         y: The output, [T, d].
         x: The tokens, [T, d].
         chosen: The experts of each token, [T, k].
-        weights: Their weights, [T, k].
+        weights: The weights of these experts, [T, k].
         before: The input of the gate, [T k, 2 n].
         after: The output of the gate, [T k, n].
         up_codes: The matrices before the gate in the layout of ``MatMulNBits``, [E, 2 n, d / b, b / 2].
-        up_scales: Their scales, [E, 2 n · d / b].
-        up_zeros: Their zero points; None if all are in the middle.
-        up_bias: [E, 2 n], or None.
+        up_scales: Scales of ``up_codes``, [E, 2 n · d / b].
+        up_zeros: Zero points of ``up_codes``; None if all are in the middle of the range.
+        up_bias: Bias before the gate, [E, 2 n], or None.
         down_codes: The matrices after the gate, [E, d, n / b, b / 2].
-        down_scales: Their scales.
-        down_zeros: Their zero points, or None.
-        down_bias: [E, d], or None.
+        down_scales: Scales of ``down_codes``.
+        down_zeros: Zero points of ``down_codes``, or None.
+        down_bias: Bias after the second product, [E, d], or None.
     """
 
     y: Any
@@ -144,6 +144,6 @@ def _arrays(module: Any, name: str) -> tuple[Tensor | None, ...]:
 
 
 def marked_mixture(node: ir.Node) -> Mixture:
-    """Return the values that a mark names. Each is a value of the graph, or None."""
+    """Return the inputs of a mark by name, as values of the graph. An absent input is None."""
     absent = [None] * (len(Mixture._fields) - len(node.inputs))
     return Mixture(*node.inputs, *absent)

@@ -135,7 +135,7 @@ _PACKAGES += ("onnxruntime", "onnxruntime-gpu", "openvino", "executorch")
 
 @dataclasses.dataclass(frozen=True)
 class _Contents:
-    """Contents of a file.
+    """Summary of a written file, for the report.
 
     Attributes:
         operators: Number of nodes of each operator.
@@ -151,7 +151,7 @@ class _Contents:
 
     @classmethod
     def of_graph(cls, model: ir.Model) -> _Contents:
-        """Read an ONNX graph."""
+        """Summarize an ONNX graph."""
         return cls(
             Counter(node.op_type for node in model.graph.all_nodes()),
             len(model.graph.initializers),
@@ -161,7 +161,7 @@ class _Contents:
 
     @classmethod
     def of_program(cls, program: TracedProgram) -> _Contents:
-        """Read a program of ``torch.export``."""
+        """Summarize a program of ``torch.export``."""
         weights = len(program.trace.program.state_dict)
         return cls(program.operators(), weights, program.output_axes(), program.metadata())
 
@@ -259,7 +259,7 @@ class _FileOptions:
     shard_bytes: int
 
     def check(self) -> None:
-        """Raise for sizes that are no numbers of bytes.
+        """Raise if ``external_data_bytes`` or ``shard_bytes`` is not a valid number of bytes.
 
         Raises:
             ExportError: The message names the argument.
@@ -386,7 +386,7 @@ class _Export:
 
         Raises:
             ParityError: The outputs of the program differ.
-            ExportError: The runtime does not take it.
+            ExportError: The runtime does not take the program.
         """
         self.clock.start(f"converting to {runtime.runtime}")
         program = TracedProgram(traced, traceable, self.rank)
@@ -415,7 +415,7 @@ class _Export:
     def _prove(
         self, prepared: Prepared, traced: Trace, stage: Staging, tolerance: float | None = None
     ) -> Parity:
-        """Compare the written file with the model."""
+        """Compare the written file with the model, unless ``verify=False``."""
         if not self.options.verify:
             return Parity(reason="verify=False")
         self.clock.start("comparing with PyTorch in ONNX Runtime")
@@ -755,7 +755,7 @@ class _Subject:
 
 @dataclasses.dataclass(frozen=True)
 class _Destination:
-    """The place of the files, and the runtime that takes them.
+    """Destination of the files, and the runtime that loads them.
 
     Attributes:
         path: The path that the caller gave.
@@ -775,7 +775,7 @@ class _Destination:
 
     @property
     def program(self) -> ProgramTarget | None:
-        """The runtime if it takes a program instead of an ONNX file."""
+        """The runtime if it takes a program instead of an ONNX file, else None."""
         return self.runtime if isinstance(self.runtime, ProgramTarget) else None
 
     def finish(self, model: nn.Module, report: ExportReport, stage: Staging) -> ExportReport:
@@ -876,7 +876,7 @@ class _AdapterOptions:
     Attributes:
         how: "merge", "inline", "inputs" or "bank"; None for the default of the model.
         capacity: The largest number of adapters.
-        rank: Their highest rank.
+        rank: The highest rank of an adapter.
         required: True for a file without inputs that have a default.
     """
 
@@ -912,7 +912,7 @@ class _AdapterOptions:
 def _program_target(
     runtime: RuntimeTarget | ProgramTarget | None, *, dynamic_shapes: bool, **onnx_only: bool
 ) -> ProgramTarget | None:
-    """Return a target without an ONNX file; None for any other.
+    """Return the target if its runtime takes a program instead of an ONNX file, else None.
 
     Args:
         runtime: The target of the export, or None.
@@ -939,7 +939,7 @@ def _program_target(
 
 
 def _rank_of(model: nn.Module, max_rank: int | None) -> int:
-    """Return the rank that all factors are padded to.
+    """Return the rank that all factors are padded to, in a file that fixes the rank.
 
     Raises:
         ExportError: An adapter of the model has a higher rank than the caller asks for.
@@ -959,7 +959,7 @@ def _check_required(model: nn.Module, target: str | None, adapted: _AdapterOptio
     """Raise if ``required_inputs=True`` contradicts other arguments.
 
     Raises:
-        ExportError: It names the argument and the remedy.
+        ExportError: The message names the argument and the remedy.
     """
     if adapted.how not in ("inputs", "bank"):
         raise ExportError(
@@ -1030,7 +1030,7 @@ def _build_all(
 
 
 def _renamed(report: ExportReport, axes: Mapping[str, str]) -> ExportReport:
-    """Return a report with some axes renamed."""
+    """Return a report with axes renamed by the map ``axes``."""
 
     def named(
         values: Mapping[str, tuple[int | str, ...]],
@@ -1087,7 +1087,7 @@ def _check_arguments(
 
 
 def _without_trainers(model: nn.Module) -> nn.Module:
-    """Return a rewritten model without attributes that trainers set, as a copy if there are any."""
+    """Return a rewritten model without attributes that trainers set on it: a copy, or the model itself."""
     inner = unwrapped(model)
     record = record_of(inner)
     if record is None or instance_forwards(inner) <= record.forwards:

@@ -77,7 +77,7 @@ class Place:
 
     Attributes:
         type: ONNX Runtime's name of the kind of device: "webgpu".
-        index: Index of the device among those of its kind.
+        index: Index of the device among all devices of this kind.
     """
 
     type: str
@@ -166,7 +166,7 @@ def check_shape(port: Port, shape: Sequence[int]) -> None:
 def unwrap(result: Any, device: torch.device | None) -> Any:
     """Convert a value of ONNX Runtime to a tensor on ``device``, or to an array if that is None.
 
-    It is copied only from another device.
+    The memory is copied only if the value is on another device.
     """
     if result.data_type() not in _DTYPES:
         return result.numpy()  # strings: there are no tensors of them
@@ -183,7 +183,7 @@ def unwrap(result: Any, device: torch.device | None) -> Any:
 
 
 def to_runtime(runtime: Any, tensor: Tensor) -> Any:
-    """Convert a tensor to a value of ONNX Runtime. A contiguous tensor shares its memory."""
+    """Convert a tensor to a value of ONNX Runtime. The value shares the memory of a contiguous tensor."""
     tensor = tensor.detach().contiguous()
     values = runtime.OrtValue
     if tensor.device.type != "cpu":
@@ -244,7 +244,7 @@ class _Bytes:
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """Inputs that many runs of a session share, and bindings with these inputs.
+    """Inputs that many runs of a session share, such as factors, and bindings with these inputs.
 
     Attributes:
         values: The inputs by name.
@@ -255,7 +255,7 @@ class Bound:
     spare: list[Any] = field(default_factory=list)
 
     def binding(self, session: Any) -> Any:
-        """Return a binding with these inputs, which may also have inputs of an earlier run."""
+        """Return a binding with these inputs for one run. Other inputs may be left from an earlier run."""
         try:
             return self.spare.pop()
         except IndexError:
@@ -278,7 +278,7 @@ def bound_run(
     *,
     take: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
-    """Run once. Concurrent runs share only the values, which are only read.
+    """Run a session once on ``feeds`` and ``bound``. Concurrent runs may share ``bound``, which is only read.
 
     Args:
         session: Session of ONNX Runtime.
@@ -466,9 +466,9 @@ def check_axes(
     *,
     task: bool = False,
 ) -> None:
-    """Raise for sizes that the file does not take. ONNX Runtime may compute wrong values for them.
+    """Raise for sizes that the file does not take. ONNX Runtime may compute wrong values for such sizes.
 
-    It lets values share memory if their axes have the same names.
+    ONNX Runtime lets values share memory if their axes have the same names.
 
     Args:
         ports: The inputs.
@@ -530,7 +530,7 @@ INNER_SIZES_KEY = "lora_fx.inner_sizes"
 """Metadata key: JSON of the expressions that have to be positive, see :func:`inner_sizes`."""
 
 _MAY_BE_EMPTY = "past_length"
-"""Axis of decoders that is compared with PyTorch at size 0, because a prefill has no past."""
+"""Name of the axis of decoders that may have size 0, because the first step of a text has no past."""
 
 _NEW, _TOTAL = "sequence", "total_length"
 """Axes of a decoder: the new tokens, and the past and the new tokens together."""
@@ -601,7 +601,7 @@ def inner_sizes(model: ir.Model) -> list[str]:
 
 
 def _positive(text: str) -> bool:
-    """Return True if an expression is positive for positive axes: it has no difference and no quotient."""
+    """Return True if a size cannot be 0: its expression has no difference and no quotient."""
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval").body))
     except SyntaxError:
@@ -689,7 +689,7 @@ def size_of(axis: int | str | None, sizes: Mapping[str, int]) -> int | None:
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
-    """Compute the size of an axis that is an expression, such as ``2*batch``.
+    """Evaluate the expression of a size, such as ``2*batch``, with the sizes of the named axes.
 
     Raises:
         ValueError: The expression has more than sizes and arithmetic.

@@ -94,7 +94,7 @@ def over_quantized(model: nn.Module) -> bool:
 def _fix_gains(model: nn.Module) -> None:
     """Compute the values that only depend on weights, such as DoRA's gain, and make them constants.
 
-    They get the names ``layer.lora_gain.NAME``, in fp32.
+    The constants get the names ``layer.lora_gain.NAME``, in fp32.
 
     Args:
         model: Copy of a rewritten model. Its graphs are replaced.
@@ -138,7 +138,7 @@ def _constant(graph: fx.Graph, gain: fx.Node) -> fx.Node:
 
 
 def _target(node: fx.Node) -> str:
-    """Return the FQN for a gain, next to the magnitude that it is computed from."""
+    """Return the FQN of the constant for a gain, next to the magnitude that the gain is computed from."""
     magnitude = node.args[0]
     assert isinstance(magnitude, fx.Node)
     return str(magnitude.target).replace(_MAGNITUDE, _GAIN)
@@ -307,7 +307,8 @@ def prepare_bank(
         keep: Called with each new weight, see ``Scratch.keep``.
         task: The task of the export, None to export the model as it is called.
         capacity: Largest number of adapters; None for the number in the model, and at least 8.
-        rank: Their highest rank; None for the highest in the model, and 16 for a model without adapters.
+        rank: The highest rank of an adapter; None for the highest in the model, and 16 for a model without
+            adapters.
 
     Raises:
         ExportError: As :func:`prepare_swappable`. Also if the kind of a site takes one adapter at a time, if
@@ -422,7 +423,7 @@ def prepare(
         merged: True to merge; else the branches of the active adapters stay in the graph.
 
     Returns:
-        One for each file. The last is for the file that a session opens.
+        An entry for each file. The last entry is for the file that a session opens.
 
     Raises:
         ExportError: The model cannot be copied, does not run on the inputs, or does not do the task.
@@ -497,7 +498,10 @@ def _merged(
 
 
 def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
-    """Run once, on a widened batch if the model takes it, else on the example inputs."""
+    """Run a model once. Return it, the arguments that it ran on, and the names of its outputs.
+
+    The arguments are the example with a batch of one repeated, or the example itself if that fails.
+    """
     arguments = flat.eval().arguments
     failure: Exception | None = None
     for candidate in (widen_batch(arguments), arguments):
@@ -517,12 +521,12 @@ def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
 
 
 def _altered(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same shape and dtype with other values."""
+    """Return other values of the same shape and dtype, to see if a model remembers its last call."""
     return -tensor if tensor.is_floating_point() else tensor.flip([*range(tensor.dim())])
 
 
 def _named(flat: FlatModel, tensors: Sequence[Tensor]) -> list[str]:
-    """Run a model once, and again if the call has changed its state. Return the names of outputs.
+    """Return the names of the outputs from a run of the model. Run it again if the run changed its state.
 
     Raises:
         ExportError: The second call returns other values. A file cannot have such state.

@@ -138,7 +138,7 @@ def import_onnxruntime() -> Any:
     """Import and return the onnxruntime module.
 
     Raises:
-        ProviderError: It is not installed. The message names the extra to install.
+        ProviderError: onnxruntime is not installed. The message names the extra to install.
     """
     onnxruntime = load_optional(
         "onnxruntime", "running an ONNX file", "lora-fx[gpu]", "lora-fx[cpu]", error=ProviderError
@@ -396,7 +396,7 @@ _LATER = re.compile(
     r"Unrecognized attribute: .+|No Op registered for .+|\S+ is not a registered function/op"
     r"|Opset \d+ is under development"
 )
-"""The parts of errors of ONNX Runtime that name an operator, or an opset, of a later version."""
+"""Pattern of errors of ONNX Runtime about operators and opsets that only a later version knows."""
 
 
 def _checked_with(path: Path) -> str:

@@ -44,7 +44,7 @@ def check_scheme(scheme: object, optimize: str) -> None:
     """Raise for an unknown scheme, or for a level of fusion that hides the weights from the tools.
 
     Raises:
-        ExportError: It names the argument and the remedy.
+        ExportError: The message names the argument and the remedy.
     """
     if scheme not in (None, *QUANTIZED_TOLERANCES):
         raise ExportError(f"quantize={scheme!r} is unknown: give 'int4', 'int8' or None")
@@ -56,10 +56,10 @@ def check_scheme(scheme: object, optimize: str) -> None:
 
 
 def check_dense(model: nn.Module, scheme: str, dtype: str | None) -> None:
-    """Raise unless a model can be quantized.
+    """Raise unless ONNX Runtime's tools can quantize a model: it is dense, and of a supported dtype.
 
     Raises:
-        ExportError: It names the argument and the remedy.
+        ExportError: The message names the argument and the remedy.
     """
     if quantized_parameters(model):
         raise ExportError(
@@ -166,7 +166,7 @@ _OPERATORS = {"int4": "MatMulNBits", "int8": "MatMulInteger"}
 
 
 def _stored(model: ir.Model, scheme: QuantizedScheme) -> StoredFormat:
-    """Count the quantized matrices of a graph: their values, and their bytes with scales."""
+    """Return the entry of the report about the quantized matrices of a graph: their number and sizes."""
     operator = _OPERATORS[scheme]
     matrices: dict[str, tuple[int, int]] = {}
     for node in model.graph.all_nodes():

@@ -33,7 +33,7 @@ class StoredFormat:
 
     Attributes:
         scheme: Name of the format, such as ``nf4`` or ``int8``.
-        operator: Operator that reads them, such as "MatMulNBits" or "DequantizeLinear".
+        operator: Operator that reads the weights, such as "MatMulNBits" or "DequantizeLinear".
         block_size: Number of values that share a scale; None for one scale a row.
         weights: Number of matrices.
         values: Number of values of all matrices.
@@ -54,7 +54,7 @@ class StoredFormat:
 
     @property
     def of_fp16(self) -> float:
-        """Ratio of their size to the size in fp16."""
+        """Ratio of the size of the weights to their size in fp16."""
         return self.bytes / (2 * self.values)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class BankSize:
     Attributes:
         adapters: Names of the adapters in the file; the first has id 0.
         capacity: Largest number of adapters.
-        rank: Rank that all are padded to.
+        rank: Rank that all adapters are padded to.
     """
 
     adapters: tuple[str, ...]
@@ -330,7 +330,7 @@ class ExportReport:
 
 
 def short(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
-    """Keep one entry for all layers of a cache, whose names differ only in a number."""
+    """Keep one of several entries whose names differ only in the number of a layer, as in a cache."""
     by_name: dict[str, _Entry] = {}
     for name, entry in entries.items():
         by_name.setdefault(_LAYER.sub(r"\1.*.", name), entry)

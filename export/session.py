@@ -55,7 +55,7 @@ _NO_CAPTURE = "-1"
 
 @dataclass(frozen=True)
 class _Graph:
-    """Buffers and binding of one combination of shapes."""
+    """CUDA graph of one combination of input shapes: its buffers and its binding."""
 
     inputs: Mapping[str, Any]
     outputs: tuple[Any, ...]
@@ -65,7 +65,7 @@ class _Graph:
 
 @dataclass(eq=False)
 class StaticRunner:
-    """Runner of a session on fixed buffers, one run at a time.
+    """Runner of a session with CUDA graphs, on fixed buffers and one run at a time.
 
     Args:
         runtime: The onnxruntime module.
@@ -97,7 +97,7 @@ class StaticRunner:
         adapter: HeldAdapter,
         device: torch.device,
     ) -> list[Any]:
-        """Run once.
+        """Run the graph of these input shapes once. The first run of new shapes captures the graph.
 
         Args:
             feeds: Values for the inputs of the model.
@@ -181,7 +181,7 @@ class StaticRunner:
         return ort.allocate(self.runtime, shape, element, self.device)
 
     def _taken(self, buffer: Any, device: torch.device) -> Any:
-        """Return a copy that owns its memory, because the next run writes into the buffer."""
+        """Copy an output out of its buffer to ``device``, because the next run writes into the buffer."""
         taken = ort.allocate(self.runtime, buffer.shape(), buffer.element_type(), device)
         if self.device.type == "cpu" or torch.cuda.is_available():
             value = ort.to_tensor(buffer)
@@ -471,7 +471,7 @@ class OnnxSession(Generates):
         return several and sizes.get("past_length", 0) > 0
 
     def _run_rows(self, arguments: Mapping[str, Any], adapter: AdapterChoice) -> dict[str, Any]:
-        """Run each row alone. The first axis of every input and output of such a file is the batch."""
+        """Run each row of a batch alone, and concatenate the outputs. All inputs have the batch first."""
         count = len(arguments[self.inputs[0].name])
         choices = adapter if isinstance(adapter, (list, tuple)) else [adapter] * count
         self._store.chosen(adapter).check_rows(count, self.path.name)
@@ -520,9 +520,9 @@ class OnnxSession(Generates):
         device: torch.device = ort.CPU,
         take: Callable[[Any], Any] | None = None,
     ) -> list[Any]:
-        """Run on values of ONNX Runtime by name. Return values on ``device`` in the order of the outputs.
+        """Run the file once on ONNX Runtime values by input name, and return the outputs in order.
 
-        ``take`` is applied to each returned value.
+        Outputs are on ``device``. ``take`` is applied to each output.
         """
         held_adapter = self._store.chosen(adapter)
         shapes = {name: value.shape() for name, value in feeds.items()}
@@ -569,7 +569,7 @@ class OnnxSession(Generates):
         return StaticRunner(runtime, session, self.outputs, manifest, *options)
 
     def _hold(self, adapter: AdapterChoice) -> dict[OnnxSession, HeldAdapter]:
-        """Return the adapter for each file of the model, without a change of adapters in between."""
+        """Look up an adapter in the session of each file of the model, with no load or unload in between."""
         with self._swapping:
             return {part: part._store.chosen(adapter) for part in self._parts()}
 
@@ -585,7 +585,7 @@ def _check_inputs(session: Any, manifest: Manifest | None, file: str) -> bool:
         True if the file has its adapters, but no further ones can be loaded.
 
     Raises:
-        ExportError: It names the inputs and what to do.
+        ExportError: The message names the inputs and what to do.
     """
     if manifest is None:
         return False

@@ -64,7 +64,7 @@ _LOCK = "in-use.lock"
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``, which belongs to this process alone."""
+    """Lock ``folder`` inside the block, so that other processes see that the folder is in use."""
     if _locks is None:
         yield
         return
@@ -135,7 +135,7 @@ class Staging:
         return [self.model, *sorted(data)]
 
     def belonging(self) -> list[Path]:
-        """Return the files of the companions and the data files of this model, but not the model."""
+        """Return the files that the model file needs: those of its companions, and its own data files."""
         _, *data = self.written()
         return [file for companion in self.companions for file in companion.written()] + data
 

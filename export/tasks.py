@@ -146,7 +146,7 @@ def _decoder_layout(model: nn.Module, ids: Tensor, owner: str) -> CacheLayout:
 def _decode(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, past_key_values: Past, *, keep: int
 ) -> dict[str, object]:
-    """Run one step. Return ``logits`` of the last ``keep`` positions (0: all) and the ``present`` cache."""
+    """Run a decoder for one step. Return ``logits`` of the last ``keep`` positions (0: all) and the cache."""
     first = next(iter(past_key_values.values()))["key"]
     steps = torch.arange(input_ids.shape[1], device=input_ids.device) + first.shape[2]
     outputs = model(
@@ -162,7 +162,7 @@ def _decode(
 
 
 def _positions(model: nn.Module, attention_mask: Tensor, steps: Tensor) -> dict[str, Tensor]:
-    """Count positions as transformers does: padding has none, and the first real token has 0."""
+    """Return ``position_ids`` of the tokens ``steps`` as in transformers: the first real token has 0."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return {}
     positions = attention_mask.cumsum(-1) - 1
@@ -177,7 +177,7 @@ def _logits_kept(model: nn.Module, keep: int) -> dict[str, int]:
 
 @torch.no_grad()
 def _decoder_cases(model: Checked, *, layout: CacheLayout, keep: int) -> Iterator[Case]:
-    """Yield steps of texts: prompts, some with padding on the left, and then more tokens.
+    """Yield the calls that check a decoder's file: prompts, some padded on the left, and then more tokens.
 
     The expected logits come from a forward over the whole text without a cache. So the cache is checked
     along with the file.
@@ -365,7 +365,7 @@ def _start_token(model: nn.Module) -> int:
 
 
 def _run_first(model: nn.Module, source: Mapping[str, Tensor]) -> Any:
-    """Run the whole model with one token for the decoder."""
+    """Run an encoder-decoder on ``source`` and the decoder's start token, and return all outputs."""
     value = next(iter(source.values()))
     token = torch.full(
         (value.shape[0], 1), _start_token(model), dtype=torch.int64, device=value.device
@@ -374,7 +374,7 @@ def _run_first(model: nn.Module, source: Mapping[str, Tensor]) -> Any:
 
 
 def _crossed(model: nn.Module, **source: Tensor) -> dict[str, dict[int, dict[str, Any]]]:
-    """Run the encoder. Return ``present.N.encoder.key`` and ``.value`` of each layer N of the decoder."""
+    """Run the encoder. Return keys and values for cross-attention: ``present.N.encoder.key`` of layer N."""
     # The decoder runs, too, because it has the projections. Its unused operations are not in the file.
     cache = cache_of(_run_first(model, source)).cross_attention_cache
     states = read_cache(cache, type(model).__name__)
@@ -389,7 +389,7 @@ def _decode_encoded(
     *,
     width: int,
 ) -> dict[str, object]:
-    """Run one step. Return ``logits`` of the last position and the ``present`` cache of the decoder."""
+    """Run the decoder for one step on encoded texts. Return ``logits`` of the last position and the cache."""
     from transformers.cache_utils import EncoderDecoderCache
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -414,7 +414,7 @@ def _decode_encoded(
 
 @torch.no_grad()
 def _encoded_cases(model: Checked, *, example: _Example) -> Iterator[Case]:
-    """Yield steps of the decoder with one or several tokens, for several batches.
+    """Yield the calls that check a decoder's file with encoded texts: steps of one or several tokens.
 
     The expected logits come from the whole model without a cache. So the cache and the encoder's file are
     checked along with the decoder's file.

@@ -46,10 +46,10 @@ _TESTS: Mapping[Any, bool] = {
     torch.isnan: False,
     Tensor.isnan: False,
 }
-"""Result of each test for a finite number."""
+"""Map from each test, such as ``torch.isnan``, to its result for a finite number."""
 
 _REDUCTIONS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
-"""Reductions of tests, with the result that each keeps: all of True is True, any of False is False."""
+"""Map from a reduction to the value that it keeps: all of True is True, any of False is False."""
 
 
 class _FiniteValues(Listener):
@@ -71,14 +71,14 @@ class _FiniteValues(Listener):
         self._answers: dict[int, tuple[Tensor, bool]] = {}
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Answer a condition that reduces a test for finite values."""
+        """Return ``bool(condition)`` as if all values were finite; NotImplemented for other conditions."""
         if func is not Tensor.__bool__ or id(args[0]) not in self._answers:
             return NotImplemented
         self.places.setdefault(str(here(self._modules)))
         return self._answers[id(args[0])][1]
 
     def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Record tests and their reductions."""
+        """Record the results of tests for finite values, and the reductions of such results."""
         if func in _TESTS:
             self._tests[id(result)] = result, _TESTS[func]
         elif func in _REDUCTIONS and len(args) == 1 and not kwargs and id(args[0]) in self._tests:
@@ -109,7 +109,7 @@ class _ShortFormulas(Listener):
         self._known: set[Any] = set()
 
     def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Check the sizes of the results."""
+        """Put the sizes of an operation's results into normal form, and raise if a formula is too long."""
         for tensor in pytree.tree_leaves(result):
             sizes: Any = tensor.shape if isinstance(tensor, Tensor) else ()
             for size in sizes:
@@ -151,7 +151,7 @@ class _AnswerableQuestions(Listener):
         self._since = 0  # functions since the first open question
 
     def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Count functions, and check the questions that came before them."""
+        """Count the calls of functions, and raise if a question has stayed open for many calls."""
         environment = _environment(pytree.tree_leaves(result))
         if environment is not None:
             new = environment.guards[self._read :]
@@ -167,7 +167,7 @@ class _AnswerableQuestions(Listener):
 
 
 class _UnansweredError(ExportError):
-    """Error for a question about sizes that no file can ask."""
+    """Error for a condition on sizes in the model's code that an ONNX graph cannot evaluate."""
 
     def __init__(self, question: Any) -> None:
         super().__init__(f"the forward asks of its sizes whether {question}, which a file cannot")
@@ -219,7 +219,7 @@ def normal_size(formula: Any) -> Any:
 
 
 def _quotient(above: Any, below: Any) -> Any:
-    """Return ``above // below``, for a positive number ``below``."""
+    """Return ``above // below`` in normal form, for a positive number ``below``."""
     terms = above.expand().as_coefficients_dict()
     # Divisible terms need no rounding.
     whole = sum(term * (factor // below) for term, factor in terms.items() if not factor % below)
@@ -340,7 +340,7 @@ def trace(
         task: True if ``dynamic_shapes`` comes from a task and not from the user.
 
     Returns:
-        The first attempt that works; None if ``first`` is beyond the last.
+        The trace of the first attempt that works; None if ``first`` is beyond the last attempt.
 
     Raises:
         ExportError: torch.export cannot capture the model. The message has its reason.
@@ -429,7 +429,7 @@ def _unanswered(program: ExportedProgram) -> list[str]:
 
 
 def _open(questions: Iterable[Any]) -> list[Any]:
-    """Return the questions that the known facts about the sizes do not answer."""
+    """Return the conditions on sizes that fail for some sizes. Limits of a single size are left out."""
     return [
         question
         for question in questions
@@ -449,7 +449,7 @@ def _environment(values: Iterable[Any]) -> ShapeEnv | None:
 
 
 def _is_of_code(guard: Any) -> bool:
-    """Return True if code of the model or of ``torch.nn`` asked the question, and not an operation."""
+    """Return True if a guard on sizes comes from code of the model or ``torch.nn``, not from an operator."""
     where = getattr(getattr(guard, "sloc", None), "framework_loc", None)
     path = Path(getattr(where, "filename", None) or "unknown")
     return not path.is_relative_to(_TORCH) or path.is_relative_to(_TORCH / "nn")
@@ -459,7 +459,7 @@ _TORCH = Path(torch.__file__).parent
 
 
 def _is_limit(question: Any) -> bool:
-    """Return True if a question is a limit of a single size."""
+    """Return True if a condition limits a single size, such as ``s0 <= 512``."""
     if not isinstance(question, sympy.core.relational.Relational):
         return False
     left, right = question.args
@@ -470,9 +470,9 @@ def _is_limit(question: Any) -> bool:
 
 
 def _always_holds(question: Any) -> bool:
-    """Return True if a question holds on a grid of sizes from 2 on.
+    """Return True if a condition on sizes holds on a grid of sizes from 2 on, and so probably always.
 
-    The grid has small sizes and the sizes next to every number in the question.
+    The grid has small sizes and the sizes next to every number in the condition.
     """
     near = [int(number) for number in question.atoms(sympy.Integer)]
     sizes = sorted({*range(2, 18), *(n + d for n in near for d in (-1, 0, 1) if n + d > 1)})

@@ -60,7 +60,7 @@ _Resize: TypeAlias = Callable[[Axis, int], int]
 
 
 def drawn_cases(model: Checked, trace: Trace, skipped: dict[Sizes, str]) -> Iterator[Case]:
-    """Yield calls that PyTorch accepts, with its outputs.
+    """Yield calls with fresh values and other sizes that PyTorch accepts, and the outputs of PyTorch.
 
     If there is an attention mask, only the positions that it admits are compared, because the outputs at
     padding are arbitrary.
@@ -82,7 +82,7 @@ def drawn_cases(model: Checked, trace: Trace, skipped: dict[Sizes, str]) -> Iter
 
 @dataclass
 class _Draw:
-    """Fresh inputs of shapes that PyTorch accepts, with its outputs."""
+    """Source of fresh inputs for :func:`drawn_cases`, in shapes that PyTorch accepts."""
 
     model: Checked
     trace: Trace
@@ -98,7 +98,7 @@ class _Draw:
         self.note = ""
 
     def accepted(self, resize: _Resize) -> tuple[list[Tensor], Outputs]:
-        """Resize all dynamic axes at once. If PyTorch refuses, resize each axis that it accepts."""
+        """Return inputs with as many axes resized as PyTorch accepts, and the outputs of PyTorch."""
         every = set(self.order)
         # Distinct sizes reveal two axes that were mixed up, but a model may need equal sizes.
         apart = self.run(self.sizes(every, resize, self.order))
@@ -118,7 +118,13 @@ class _Draw:
         return result
 
     def keep_more(self) -> None:
-        """Take integer inputs from the example: first all but the masks, then the masks, too."""
+        """Use the example's values for more inputs, because PyTorch refuses fresh values.
+
+        The first call keeps integer inputs other than masks, the second call also the masks.
+
+        Raises:
+            ParityError: All integer inputs already have the example's values.
+        """
         names, tensors = self.trace.arguments.names, self.trace.arguments.tensors
         pairs = zip(names, tensors, strict=True)
         whole = [name for name, tensor in pairs if not tensor.is_floating_point()]
@@ -194,8 +200,8 @@ def _fresh(name: str, like: Tensor, size: tuple[int, ...], generator: torch.Gene
 def _rows(example: Tensor, size: tuple[int, ...]) -> Tensor:
     """Return the rows of the example, shifted by one row and repeated for a larger batch.
 
-    Shorter rows lose their end and longer rows repeat their last entry, which is mostly text: markers
-    come first.
+    Shorter rows lose their end, and longer rows repeat their last entry. The last entry is mostly text,
+    because special tokens come first.
     """
     if example.ndim == 0 or example.numel() == 0:
         return example.new_zeros(size) if example.ndim else example
@@ -246,7 +252,7 @@ def _values(example: Tensor, size: tuple[int, ...], generator: torch.Generator) 
 def _admitted(
     names: Sequence[str], inputs: Sequence[Tensor], expected: Outputs
 ) -> dict[str, Tensor]:
-    """Return by output the positions that all attention masks admit."""
+    """Map the name of each output to the positions that all attention masks admit."""
     valid: dict[str, Tensor] = {}
     for name, mask in zip(names, inputs, strict=True):
         if not name.endswith("attention_mask") or mask.ndim != 2:
@@ -305,7 +311,7 @@ class Compared:
 
 
 def difference(output: Compared) -> OutputParity:
-    """Return the differences, with the tolerance of the precision. It is 0 for integers and booleans."""
+    """Return the differences of an output and its tolerance, which is 0 for integers and booleans."""
     want, got = output.want, output.admitted
     tolerance = TOLERANCES[output.precision] if output.tolerance is None else output.tolerance
     tolerance = tolerance if want.is_floating_point() else 0.0
@@ -326,7 +332,7 @@ def overflows(output: Compared) -> bool:
 
 
 def _judged(row: OutputParity, output: Compared, narrow: Tensor, shapes: str) -> OutputParity:
-    """Tell errors of half precision from errors of the file.
+    """Decide if differences of a half-precision output come from the precision or from the file.
 
     ONNX Runtime's CPU provider computes half operations in fp32 and skips roundings between them. PyTorch
     rounds each operation, as a GPU does.
@@ -405,7 +411,7 @@ class Reference(Protocol):
         ...
 
     def named(self, tensors: Sequence[Tensor]) -> Outputs:
-        """Return outputs with their names. Integers and booleans come from the model in its own precision."""
+        """Return the expected outputs of a call. Integers and booleans are not from a model cast to fp32."""
         ...
 
     def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
@@ -413,7 +419,7 @@ class Reference(Protocol):
         ...
 
     def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
-        """Return the outputs of the model in half precision, or None if it is the reference itself."""
+        """Return the half-precision outputs of a model whose reference is a cast to fp32, else None."""
         ...
 
 
@@ -466,7 +472,7 @@ class ModelReference:
         return (self._wide or self._exported).model
 
     def named(self, tensors: Sequence[Tensor]) -> Outputs:
-        """Return outputs with their names. Integers and booleans come from the model in its own precision."""
+        """Return the expected outputs of a call. Integers and booleans are not from a model cast to fp32."""
         if self._wide is None:
             return self._exported.named(tensors)
         wide = self._wide.named(cast_floating(tensors, torch.float32))
@@ -487,7 +493,7 @@ class ModelReference:
         return self._wide.run(call, *map(_wide_argument, args), **named)
 
     def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
-        """Return the outputs of the model in half precision, or None if it is the reference itself."""
+        """Return the half-precision outputs of a model whose reference is a cast to fp32, else None."""
         return None if self._wide is None else self._exported.named(tensors)
 
 
@@ -702,7 +708,7 @@ def _check(
 def _rows_of(
     label: str, model: Reference, traced: Trace, run: _Run, prepared: Prepared
 ) -> dict[str, OutputParity]:
-    """Return the differences of a file from a model. An error begins with ``label``."""
+    """Return the differences of a file from a reference, by output. An error begins with ``label``."""
     try:
         return _check_parity(model, traced, run, prepared.cases).rows
     except ParityError as error:
@@ -710,7 +716,7 @@ def _rows_of(
 
 
 def _labeled(label: str, rows: Mapping[str, OutputParity]) -> dict[str, OutputParity]:
-    """Return the rows with the adapter in their names."""
+    """Return the differences of outputs with ``label``, the adapter, added to each name."""
     names = {name: f"{name} with {label}" for name in rows}
     return {names[name]: dataclasses.replace(row, name=names[name]) for name, row in rows.items()}
 
@@ -773,7 +779,7 @@ def _mixed_outputs(outputs: Sequence[Outputs]) -> Outputs:
 
 
 def _mixed(values: Sequence[Any]) -> Any:
-    """Take row n from value n, for tensors and for mappings and sequences of them. Others become None."""
+    """Build a batch whose row n is row n of ``values[n]``, also in containers. Other values become None."""
     first = values[0]
     if isinstance(first, Tensor):
         return torch.cat([value[row : row + 1] for row, value in enumerate(values)])
@@ -863,8 +869,8 @@ def _in_range(adapter: str, manifest: Manifest, exact: Mapping[str, Tensor]) -> 
 class _Adapted(FlatModel):
     """Model with the same adapter at every call, folded into its weights if possible.
 
-    Quantized weights cannot take it, and half precision is no reference. In these cases the factors are
-    passed to the traced model.
+    An adapter cannot be folded into quantized weights, and half precision is no reference. In these cases the
+    factors are passed to the traced model.
     """
 
     def __init__(self, model: FactorModel, values: Mapping[str, Tensor], keep: Keep) -> None:
