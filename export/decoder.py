@@ -156,7 +156,7 @@ class _BufferCache:
         self._kept = source
         self._sets.reverse()
 
-    def taken(self, binding: Any) -> None:
+    def after_step(self, binding: Any) -> None:
         """Do nothing, because the step has written its keys and values into the buffers."""
 
     def reorder(self, rows: Tensor, past: int) -> None:
@@ -234,7 +234,7 @@ class _ReturnedCache:
             binding.bind_ortvalue_input(entry.past.name, self._values[entry.past.name])
             binding.bind_output(entry.present, self.device.type, self.device.index)
 
-    def taken(self, binding: Any) -> None:
+    def after_step(self, binding: Any) -> None:
         """Keep the keys and values that a step returned, as inputs of the next step."""
         # Outputs come in the order in which they were bound, with the logits last.
         for entry, value in zip(self.entries, binding.get_outputs(), strict=False):
@@ -341,7 +341,7 @@ class Decoder:
             self._bind_logits()
             self._new = new
         self._session._run_bound(self._binding, self._shapes)
-        self._cache.taken(self._binding)
+        self._cache.after_step(self._binding)
         self._past = total
         last = self._returned_logits()[:, -1] if self._logits is None else self._logits
         return last.to(torch.float32, copy=True)

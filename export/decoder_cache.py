@@ -75,7 +75,7 @@ class CacheLayout:
             for index, layer in self.layers.items()
         }
 
-    def taken(self, past: Past) -> dict[int, dict[str, Tensor]]:
+    def cast(self, past: Past) -> dict[int, dict[str, Tensor]]:
         """Cast ``past`` to the dtype of the file's inputs."""
         return {
             index: {kind: tensor.to(self.dtype) for kind, tensor in layer.items()}

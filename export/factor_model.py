@@ -198,7 +198,7 @@ def swappable(
     capture = dataclasses.replace(capture, plan=plan)
     bare = add_adapter_parameters(capture, bare, _ADAPTER)
     capture = run_passes(capture, branch_passes(bare.adapters, optimize=False))
-    capture = edit_graphs(capture, _with_given_gains).capture
+    capture = edit_graphs(capture, _gains_as_inputs).capture
     if editor is not None:
         capture = edit_graphs(capture, editor(twin, rows)).capture
     install(regions_to_install(capture, rows))
@@ -341,7 +341,7 @@ def _union(record: Record) -> tuple[PlannedSite, ...]:
     return tuple(sites.values())
 
 
-def _with_given_gains(region: Region) -> fx.Graph | None:
+def _gains_as_inputs(region: Region) -> fx.Graph | None:
     """Return a graph with gains as inputs, without the calls that compute gains from magnitudes.
 
     Return None for a graph without gains.
@@ -413,9 +413,9 @@ class FactorModel(FlatModel):
         """
         own = len(self.arguments.tensors)
         args, kwargs = self.arguments.fill(tensors[:own])
-        return named_outputs(self.handed(tensors[own:], self.call, *args, **kwargs))
+        return named_outputs(self.call_with_factors(tensors[own:], self.call, *args, **kwargs))
 
-    def handed(
+    def call_with_factors(
         self, factors: Sequence[Tensor], call: Callable[..., object], *args: Any, **kwargs: Any
     ) -> Any:
         """Return ``call(model, *args, **kwargs)``, with ``factors`` as the values of the adapter.

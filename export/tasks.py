@@ -206,7 +206,7 @@ def _decoder_cases(model: Checked, *, layout: CacheLayout, keep: int) -> Iterato
             valid = {name: seen[:, None, :, None] for name in outputs if name != "logits"}
             valid["logits"] = seen[:, done:][:, -keep:, None]
             yield Case(inputs, list(outputs.items()), valid)
-            past = layout.taken(
+            past = layout.cast(
                 {
                     index: {kind: outputs[f"present.{index}.{kind}"] for kind in layer}
                     for index, layer in layout.layers.items()
@@ -280,7 +280,7 @@ def _text2text_generation(model: nn.Module, example: Mapping[str, Any]) -> tuple
             values, or does not run on ``example``.
     """
     setup = _example(model, example)
-    states = _crossed(model, **setup.source)["present"]
+    states = _encode(model, **setup.source)["present"]
     batch = len(next(iter(setup.source.values())))
     own = setup.own.zeros(batch, _PAST)
     past = {index: {"decoder": own[index], **states[index]} for index in own}
@@ -297,7 +297,7 @@ def _text2text_generation(model: nn.Module, example: Mapping[str, Any]) -> tuple
             shapes[f"{name}.decoder.{kind}"] = {0: "batch", 2: "past_length"}
             shapes[f"{name}.encoder.{kind}"] = {0: "batch", 2: "encoder_sequence"}
     return (
-        Part("encoder", _crossed, setup.source, metadata={TASK_KEY: _TEXT2TEXT_GENERATION}),
+        Part("encoder", _encode, setup.source, metadata={TASK_KEY: _TEXT2TEXT_GENERATION}),
         Part(
             name="",
             call=functools.partial(_decode_encoded, width=setup.width),
@@ -373,7 +373,7 @@ def _run_first(model: nn.Module, source: Mapping[str, Tensor]) -> Any:
     return model(**source, decoder_input_ids=token, use_cache=True)
 
 
-def _crossed(model: nn.Module, **source: Tensor) -> dict[str, dict[int, dict[str, Any]]]:
+def _encode(model: nn.Module, **source: Tensor) -> dict[str, dict[int, dict[str, Any]]]:
     """Run the encoder. Return keys and values for cross-attention: ``present.N.encoder.key`` of layer N."""
     # The decoder runs, too, because it has the projections. Its unused operations are not in the file.
     cache = cache_of(_run_first(model, source)).cross_attention_cache
@@ -431,8 +431,8 @@ def _encoded_cases(model: Checked, *, example: _Example) -> Iterator[Case]:
             mask = source["attention_mask"].clone()
             mask[-1, mask.shape[1] // 2 + 1 :] = 0
             source["attention_mask"] = mask
-        present = model.run(_crossed, **source)["present"]
-        states = example.cross.taken({index: layer["encoder"] for index, layer in present.items()})
+        present = model.run(_encode, **source)["present"]
+        states = example.cross.cast({index: layer["encoder"] for index, layer in present.items()})
         ids = _drawn(whole, head, (batch, sum(lengths)), generator, example.own.device)
         ids[:, 0] = example.start
         own = example.own.zeros(batch, 0)
@@ -453,7 +453,7 @@ def _encoded_cases(model: Checked, *, example: _Example) -> Iterator[Case]:
                 index: {kind: outputs[f"present.{index}.decoder.{kind}"] for kind in layer}
                 for index, layer in own.items()
             }
-            own = example.own.taken(cache)
+            own = example.own.cast(cache)
             done = total
 
 

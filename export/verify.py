@@ -754,7 +754,7 @@ class _RowsReference:
 
     def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
         arguments = (*args, *kwargs.values())
-        return _mixed(self._each(arguments, lambda reference: reference.run(call, *args, **kwargs)))
+        return _select_rows(self._each(arguments, lambda reference: reference.run(call, *args, **kwargs)))
 
     def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
         outputs = self._each(tensors, lambda reference: reference.narrow(tensors))
@@ -773,21 +773,21 @@ class _RowsReference:
 
 def _mixed_outputs(outputs: Sequence[Outputs]) -> Outputs:
     return [
-        (name, _mixed([values[index][1] for values in outputs]))
+        (name, _select_rows([values[index][1] for values in outputs]))
         for index, (name, _) in enumerate(outputs[0])
     ]
 
 
-def _mixed(values: Sequence[Any]) -> Any:
+def _select_rows(values: Sequence[Any]) -> Any:
     """Build a batch whose row n is row n of ``values[n]``, also in containers. Other values become None."""
     first = values[0]
     if isinstance(first, Tensor):
         return torch.cat([value[row : row + 1] for row, value in enumerate(values)])
     if isinstance(first, Mapping):
-        mixed = {key: _mixed([value[key] for value in values]) for key in first}
+        mixed = {key: _select_rows([value[key] for value in values]) for key in first}
         return mixed if type(first) is dict else type(first)(**mixed)
     if isinstance(first, list | tuple):
-        return type(first)(_mixed(parts) for parts in zip(*values, strict=True))
+        return type(first)(_select_rows(parts) for parts in zip(*values, strict=True))
     return None
 
 
@@ -895,7 +895,7 @@ class _Adapted(FlatModel):
     def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
         if self._dense is not None:
             return self._dense.run(call, *args, **kwargs)
-        return self._flat.handed(self._factors, call, *args, **kwargs)
+        return self._flat.call_with_factors(self._factors, call, *args, **kwargs)
 
     def _merged(self) -> FlatModel | None:
         if any(factor.dtype in ("float16", "bfloat16") for factor in self._flat.adapter_inputs):

@@ -32,7 +32,7 @@ __all__ = [
     "Attention",
     "Mask",
     "bias_of",
-    "counted",
+    "read_range",
     "drop_nan_guards",
     "find_attention",
     "group_heads",
@@ -105,10 +105,10 @@ def _is_causal(value: ir.Value, past: Size | None, total: Size | None) -> bool:
     # Keys lie along the last axis, queries along the axis before it.
     if names_of(keys)[-2:] != (1, total) or names_of(queries)[-1:] != (1,):
         return False
-    return counted(keys) == (0, total) and counted(queries) == (past, total)
+    return read_range(keys) == (0, total) and read_range(queries) == (past, total)
 
 
-def counted(value: ir.Value | None) -> tuple[Size, Size] | None:
+def read_range(value: ir.Value | None) -> tuple[Size, Size] | None:
     """Return start and end of a value like ``arange(start, end)``, or None for any other value."""
     while (node := made_by(value, "Unsqueeze", "Reshape", "Range", "Add", "Cast")) is not None:
         if node.op_type == "Range":
@@ -119,7 +119,7 @@ def counted(value: ir.Value | None) -> tuple[Size, Size] | None:
             return None if first is None or last is None else (first, last)
         if node.op_type == "Add":
             for left, right in (node.inputs, tuple(reversed(node.inputs))):
-                numbers, offset = counted(left), sizes(right)
+                numbers, offset = read_range(left), sizes(right)
                 if numbers is not None and offset is not None and len(offset) == 1:
                     if offset[0] is None:
                         return None
@@ -242,7 +242,7 @@ def _attention(softmax: ir.Node) -> Attention | None:
     heads = axis_size(query, 1)
     if key is None or not isinstance(heads, int) or query.dtype != key.dtype:
         return None
-    key, value = _once(key), _once(value)
+    key, value = _before_repeat(key), _before_repeat(value)
     groups = axis_size(key, 1)
     if rank(key) != 4 or rank(value) != 4 or axis_size(value, 1) != groups:
         return None
@@ -292,7 +292,7 @@ def _swapped(value: ir.Value | None) -> ir.Value | None:
     return source if shape[1] == whole[1] else None
 
 
-def _once(value: ir.Value) -> ir.Value:
+def _before_repeat(value: ir.Value) -> ir.Value:
     """Return keys or values before they are repeated for the heads of each group, or the value itself.
 
     The repeat is [b, g, t, d] → [b, g, n, t, d] → [b, g·n, t, d].
@@ -389,7 +389,7 @@ def _is_finite(mask: ir.Value) -> bool:
 
     In fp16 the lowest number does not. :func:`_halve_lowest` replaces that number in a ``Where``.
     """
-    mask = _unshaped(mask)
+    mask = _before_views(mask)
     array = array_of(mask)
     if array is not None:
         return bool(np.isfinite(array).all()) and not _is_half(mask)
@@ -400,7 +400,7 @@ def _is_finite(mask: ir.Value) -> bool:
 
 def _halve_lowest(model: ir.Model, mask: ir.Value) -> None:
     """Raise the numbers in the ``Where`` of a fp16 mask to half the lowest number, if they are lower."""
-    mask = _unshaped(mask)
+    mask = _before_views(mask)
     choice = made_by(mask, "Where")
     if choice is None or not _is_half(mask):
         return
@@ -411,7 +411,7 @@ def _halve_lowest(model: ir.Model, mask: ir.Value) -> None:
             choice.replace_input_with(index, low)
 
 
-def _unshaped(value: ir.Value) -> ir.Value:
+def _before_views(value: ir.Value) -> ir.Value:
     """Return the value behind reshapes, expansions and casts that keep the dtype."""
     while (node := made_by(value, "Expand", "Unsqueeze", "Reshape", "Cast")) is not None:
         source = node.inputs[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_fx.export.fuse.attention import counted
+from lora_fx.export.fuse.attention import read_range
 from lora_fx.export.fuse.graph import (
     Builder,
     Size,
@@ -72,7 +72,7 @@ def index_all(model: ir.Model, node: ir.Node) -> bool:
         return False
     if node.attributes.get_int("batch_dims", 0) or len(names_of(data)) != 2:
         return False
-    rows, columns = (_counted(index) for index in joined.inputs)
+    rows, columns = (_read_expanded_range(index) for index in joined.inputs)
     target = names_of(node.outputs[0])
     if len(target) != 4 or names_of(data)[0] != target[0] or target[1:3] != (1, 1):
         return False
@@ -90,7 +90,7 @@ def index_all(model: ir.Model, node: ir.Node) -> bool:
     return True
 
 
-def _counted(value: ir.Value | None) -> tuple[Size | None, tuple[Size | None, ...]] | None:
+def _read_expanded_range(value: ir.Value | None) -> tuple[Size | None, tuple[Size | None, ...]] | None:
     """Read indices as ``expand(range(0, end))``, for :func:`index_all`.
 
     Returns:
@@ -118,7 +118,7 @@ def _range(value: ir.Value | None) -> ir.Node | None:
 def slice_positions(model: ir.Model, node: ir.Node) -> bool:
     """Replace ``positions[:, [past, …, total - 1]]`` by a slice."""
     data, indices = node.inputs
-    bounds = counted(indices)
+    bounds = read_range(indices)
     if data is None or bounds is None or node.attributes.get_int("axis", 0) != 1:
         return False
     builder = Builder(model, node)

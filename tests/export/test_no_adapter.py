@@ -204,16 +204,16 @@ def test_the_file_alone_is_compared_again_after_an_adapter(
 def test_the_traced_model_does_not_judge_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handed = FactorModel.handed
+    call_with_factors = FactorModel.call_with_factors
 
     def doubled(self: FactorModel, factors: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
         twice = [
             2 * one if place.role == "B" else one
             for place, one in zip(self.adapter_inputs, factors, strict=True)
         ]
-        return handed(self, twice, call, *args, **kwargs)
+        return call_with_factors(self, twice, call, *args, **kwargs)
 
-    monkeypatch.setattr(FactorModel, "handed", doubled)
+    monkeypatch.setattr(FactorModel, "call_with_factors", doubled)
     net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).eval()
     with pytest.raises(ParityError, match="with a random adapter of rank 3: output"):
         export_onnx(
