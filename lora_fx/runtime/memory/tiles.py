@@ -77,7 +77,7 @@ def tiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def called(forward: Callable[..., Any], module: nn.Module, name: str | None, x: Tensor) -> Any:
-    """Call a forward with one argument: by keyword if ``name`` is its name, by position if it is None."""
+    """Call a forward with one argument, by the keyword ``name``, or by position if ``name`` is None."""
     return forward(module, x) if name is None else forward(module, **{name: x})
 
 
@@ -125,13 +125,16 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_silent(part: nn.Module) -> bool:
-    """Return True if a part draws no random numbers, and has no hooks that would see tiles."""
+    """Return True if a module may run tile by tile: it has no active dropout, and no hooks that see tiles."""
     draws = part.training and getattr(part, "p", False) and "Dropout" in type(part).__name__
     return not (draws or any(getattr(part, name) for name in torch_private.MODULE_HOOKS))
 
 
 def _counts_tokens(module: nn.Module) -> bool:
-    """Return True if an adapter in a module has state, which depends on all tokens of a call."""
+    """Return True if a module must not run in tiles, because its adapter has state.
+
+    Training computes the state from all tokens of a call.
+    """
     return any(isinstance(part, AdapterState) for part in module.modules())
 
 
@@ -142,7 +145,10 @@ def draws(module: nn.Module) -> bool:
 
 
 class _UnfitError(Exception):
-    """Error for results of a tile that do not have its tokens. Planning has seen inputs of another size."""
+    """Error for a module that does not return one row for each token of a tile.
+
+    Planning checks modules with an input of another size, so this may first show in a call.
+    """
 
 
 class _Call:
