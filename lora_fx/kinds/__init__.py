@@ -269,7 +269,7 @@ class AdapterKind:
         """Return the initial values of A and B, in the stored shapes.
 
         Args:
-            starting: The values to compute them from. Its A and B have the initial values of LoRA.
+            starting: The values to compute A and B from. Its A and B have the initial values of LoRA.
         """
         assert starting.a is not None
         assert starting.b is not None
@@ -399,7 +399,7 @@ class AdapterKind:
     def branch(
         self, pattern: Pattern, node: fx.Node, region: Region, build: OutputBuilder
     ) -> fx.Node:
-        """Write ``B A drop(x)``, and return its node.
+        """Write ``B A drop(x)`` for the pattern's operation, and return its node.
 
         Args:
             pattern: The pattern of the operation.
@@ -590,7 +590,7 @@ def register_adapter_kind(kind: AdapterKind) -> None:
     them (``lora_bias`` and the like), so that PEFT reads the saved folders.
 
     An adapter folder stores the name in ``adapter_config.json``, with a ``peft_type`` that PEFT does not
-    accept as LoRA. It loads wherever the kind is registered.
+    accept as LoRA. The folder loads wherever the kind is registered.
 
     Args:
         kind: An instance of a subclass of :class:`lora_fx.kinds.AdapterKind`. Its options are its
@@ -639,7 +639,7 @@ def kind_of(row: _Kinded) -> AdapterKind:
     """Return the kind of a planned site, with its options.
 
     Raises:
-        ConfigError: If it was registered in another process and not in this one.
+        ConfigError: If the kind was registered in another process and not in this one.
     """
     return _named(row.kind).with_options(row.options)
 
@@ -660,7 +660,7 @@ def chosen_kind(config: LoraConfig) -> AdapterKind:
     """Return the kind that a configuration chooses, without a site's options.
 
     Raises:
-        ConfigError: If it is not registered, other fields choose it, or other fields do not apply to it.
+        ConfigError: If the kind is not registered, other fields choose it, or fields do not apply to it.
     """
     start = next(
         (k.chosen_start for k in _BUILT_IN if k.chosen_start == config.init_lora_weights), ""
