@@ -80,7 +80,7 @@ class Role(StrEnum):
 class FusedBranch:
     """A function that computes an operation together with its branch.
 
-    It refers to nodes by name, so that it stays valid for a copy of the graph.
+    The fields refer to nodes by name, so that they stay valid for a copy of the graph.
 
     Attributes:
         function: It takes input, weight, bias, A, B, the scale and ``more``.
@@ -196,7 +196,8 @@ class Region:
     def falls_back(self, sites: Iterable[Site]) -> bool:
         """Return True if the module's own forward still is a fallback after these sites get branches.
 
-        The forward reads each weight with its adapters applied. It cannot if a library has packed the weight.
+        The forward reads each weight with its adapters applied. It is no fallback if a library has packed a
+        weight.
         """
         return self.fallback and not any(site.opaque for site in sites)
 

@@ -240,7 +240,7 @@ class Base:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ActiveAdapters:
-    """The adapters that a model runs with. Two are equal only if they are the same object.
+    """The adapters that a model runs with. Two choices are equal only if they are the same object.
 
     Attributes:
         names: Their names, in the order in which they are added.

@@ -353,7 +353,7 @@ class Factors:
 
 
 class BranchBuilder(Protocol):
-    """The object with which a pattern writes the nodes of a branch. It tags every node."""
+    """The object with which a pattern writes the nodes of a branch. The builder tags every node."""
 
     @property
     def a(self) -> fx.Node:
@@ -509,7 +509,7 @@ class Pattern(Protocol):
         """Unique name, kebab-case; shown in the dry run."""
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """Return a site, a refusal with its reason, or None if the node is not of this kind."""
+        """Return the site of a node, a refusal with its reason, or None for another kind of operation."""
 
     def factors(self, site: Site, rank: int) -> Factors:
         """Return the shapes and names of A and B."""
