@@ -298,7 +298,7 @@ def is_scoped(model: nn.Module) -> bool:
 
 
 def disarm(module: nn.Module) -> None:
-    """Stop watching a module. Its graph stays, if it has one."""
+    """Stop watching a module, whose weights are read without adapters then. A region keeps its graph."""
     module.__dict__.pop(STATE, None)
     module.__dict__.pop(CHANGES, None)
     made_of = inner_class(module).__dict__.get(_SOURCE)
@@ -676,7 +676,7 @@ class Hooked(nn.Module):
         self.__dict__["peft_config"] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. If it replaces a submodule, all calls are watched again."""
+        """Set an attribute. If the value replaces a submodule, watch all forms of calls again."""
         if isinstance(value, nn.Module) and name in self.__dict__.get("_modules", ()):
             arm_again()
         super().__setattr__(name, assigned(self, name, value))

@@ -156,7 +156,9 @@ def _squares(matrix: Tensor) -> Tensor:
 
 @functools.cache
 def _block(length: int) -> int:
-    """Return the number of elements that are summed at a time in a row of this length.
+    """Return a block size for sums over rows of this length, which divides the length if possible.
+
+    Matrices without gaps are read much faster.
 
     It divides the length if possible, because matrices without gaps are read much faster.
     """
@@ -344,7 +346,7 @@ def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
 
 
 def shifted(bias: Tensor | None, gains: Tensor, like: Tensor) -> Tensor | None:
-    """Return ``(1 - g) ∘ bias``, in the dtype of ``like``. It undoes the gain on the bias in a base output.
+    """Return ``(1 - g) ∘ bias``, a summand with which the gain does not scale the bias of the output.
 
     Return None if ``bias`` is None. Tensor parallelism may add the bias after the operation.
     """

@@ -74,7 +74,7 @@ def kept(dropout: Any) -> int:
         dropout: A probability.
 
     Raises:
-        ConfigError: If it is not a number from 0 to 1.
+        ConfigError: If ``dropout`` is not a number from 0 to 1.
     """
     if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ConfigError(

@@ -25,7 +25,7 @@ _ASKING = {
 
 
 class LazyHistory(torch.autograd.Function):
-    """Autograd history of a lazy tensor. Its backward runs only if code used the tensor as a computed one."""
+    """Autograd history of a lazy tensor. The backward runs only if code used the tensor as a computed one."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, make: Callable[[], Tensor], error: LoraFxError) -> Tensor:

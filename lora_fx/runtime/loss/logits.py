@@ -471,7 +471,7 @@ def _check_not_taken(*values: Any) -> None:
 
 
 class Gone:
-    """A placeholder in the output for logits that were not kept. It raises when it is read.
+    """A placeholder in the output for logits that were not kept. Reading the placeholder raises.
 
     ``hasattr`` returns False for all attributes of a tensor, so that code which looks for tensors in an
     output skips it.

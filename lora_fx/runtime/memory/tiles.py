@@ -105,7 +105,7 @@ def in_tiles(module: nn.Module, compute: Callable[[Tensor], Any], x: Tensor) -> 
 
 
 def fits(module: nn.Module, x: Any) -> bool:
-    """Return True if a call with this argument may run in tiles now. It has more tokens than a tile."""
+    """Return True if a call with this argument may run in tiles now, and has more tokens than a tile."""
     if not torch.is_grad_enabled() or _inside.get() or torch_private.has_global_hooks():
         return False
     plain = type(x) is Tensor and x.layout is torch.strided and x.dim() >= 2
@@ -181,7 +181,7 @@ class _Call:
         self.replay = Replay(module)
 
     def run(self, rows: Tensor, tile: slice, masks: TileMasks) -> list[Tensor]:
-        """Compute the results of a tile. Its input has as many axes as the argument of the call."""
+        """Compute the results of a tile. The module gets as many axes as in the call without tiles."""
         x = rows.reshape(*[1] * (len(self.shape) - 2), *rows.shape)
         token = _inside.set(True)
         try:

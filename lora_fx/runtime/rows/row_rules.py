@@ -247,9 +247,9 @@ def _normalized(op: Operation) -> Sets | list[Sets]:
 
 
 def batch_normalized(op: Operation) -> Sets | list[Sets]:
-    """Give each output element the samples of its input element.
+    """Give each output element of a batch norm the samples of its input element.
 
-    In training, statistics of the batch depend on all samples. That is not counted as mixing them.
+    In training, the statistics depend on all samples, which does not count as mixing samples.
     """
     return [op.sets("input"), *[None] * (len(op.outs) - 1)]
 
@@ -280,7 +280,7 @@ def _embedded(op: Operation) -> Sets | list[Sets]:
 def _recurrent(op: Operation) -> Sets | list[Sets]:
     """Return the samples of a recurrent layer.
 
-    Its input is [time, sample, feature] or [sample, time, feature], its states are [.., sample, feature].
+    The input is [time, sample, feature] or [sample, time, feature]. The states are [.., sample, feature].
     """
     if op.named.get("batch_sizes"):
         return _everything(op)
@@ -383,7 +383,10 @@ def _where_empty(reader: Reader, sets: Sets, other: Sets) -> Sets:
 
 
 def _selected(op: Operation) -> Sets | list[Sets]:
-    """Return the samples of index_select and gather."""
+    """Return the samples of ``index_select`` and ``gather``: those of the selected elements.
+
+    For ``index_select``, elements without samples get the samples of their index.
+    """
     index, dim = op.named["index"], op.named["dim"]
     if not op.named["self"].dim():
         return _everything(op)
@@ -591,9 +594,9 @@ def rule_of(func: Any) -> Rule:
 
 
 def is_elementwise(func: Any) -> bool:
-    """Return True if an operator computes each element from the same element of its arguments, not at random.
+    """Return True if an operator computes each element from the same element of its arguments.
 
-    It does not write into its arguments, either.
+    The operator must not draw random numbers, or write into its arguments.
     """
     if torch.Tag.nondeterministic_seeded in func.tags or torch_private.schema_of(func).is_mutable:
         return False

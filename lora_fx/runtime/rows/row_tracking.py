@@ -364,7 +364,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         return bool((fits | (by_row == self.empty).all(0)).all())
 
     def presume(self, total: Tensor, weight: str) -> None:
-        """Give the rows of a site's output the samples in order. They are presumed if the input had none."""
+        """Give the rows of a site's output the samples in order: presumed samples if the input had none."""
         with torch_private.disable_dispatch_modes(), torch.no_grad():
             sets = self.read(total)
             numbers = torch.arange(self.samples, device=total.device, dtype=self.dtype)
