@@ -79,7 +79,7 @@ class Capacity:
         return 1 + missing / self.factors if self.factors else None
 
     def line(self) -> str:
-        """Return the comparison in words."""
+        """Return the comparison of parameters and data as a line of text."""
         stored = _bits(self.parameters * _BITS_PER_PARAMETER)
         needed = _bits(self.tokens * _BITS_PER_TOKEN)
         text = (
@@ -116,7 +116,7 @@ class LearningRate:
     alpha: float
 
     def line(self) -> str:
-        """Return the rate in words."""
+        """Return the learning rate, with the conditions for it, as a line of text."""
         text = f"start with a learning rate {_TIMES} times that of full fine-tuning"
         if self.low is not None and self.high is not None:
             text += f", for width {self.width:,} about {_rate(self.low)} to {_rate(self.high)}"
@@ -126,7 +126,10 @@ class LearningRate:
         return text
 
     def _steps(self) -> str:
-        """Compare the first steps at the same rate: their size is proportional to alpha [S]."""
+        """Return in words how much smaller or larger the first steps are than with the measured alpha.
+
+        At the same rate their size is proportional to alpha [S].
+        """
         ratio = _ALPHA / self.alpha if self.alpha else float("inf")
         return f"{ratio:.3g} times smaller" if ratio > 1 else f"{1 / ratio:.3g} times larger"
 
@@ -182,7 +185,7 @@ class Spending:
     equal_kept: float
 
     def line(self) -> str:
-        """Return the use in words."""
+        """Return the use of the budget as a line of text."""
         text = (
             f"budget: {self.used:,} of {self.limit:,} {self.unit}; the ranks hold {100 * self.kept:.3g} % of "
             "the gradients' squared norm"

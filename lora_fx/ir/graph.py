@@ -80,7 +80,7 @@ class Role(StrEnum):
 class FusedBranch:
     """A function that computes an operation together with its branch.
 
-    It refers to nodes by name, so that it stays valid for a copy of the graph.
+    The fields refer to nodes by name, so that they stay valid for a copy of the graph.
 
     Attributes:
         function: It takes input, weight, bias, A, B, the scale and ``more``.
@@ -131,13 +131,13 @@ class Tag:
 
 
 def tag_of(node: fx.Node) -> Tag | None:
-    """Return the node's tag, if it has one."""
+    """Return the tag that a pass has set on a node, or None."""
     tag = node.meta.get(META_KEY)
     return tag if isinstance(tag, Tag) else None
 
 
 def role_of(node: fx.Node) -> Role | None:
-    """Return the purpose of a node in an adapter; None if it is not part of one."""
+    """Return the purpose of a node in an adapter; None if the node is not part of an adapter."""
     tag = tag_of(node)
     return None if tag is None else tag.role
 
@@ -149,7 +149,7 @@ def adapters_of(graph: fx.Graph) -> list[tuple[str, str]]:
 
 
 def sums_on(base: fx.Node) -> list[fx.Node]:
-    """Return the nodes at which branches are added to an operation, one after the other."""
+    """Return the nodes at which branches are added to the output of an operation, in order."""
     sums: list[fx.Node] = []
     total: fx.Node | None = base
     while total is not None:
@@ -196,7 +196,8 @@ class Region:
     def falls_back(self, sites: Iterable[Site]) -> bool:
         """Return True if the module's own forward still is a fallback after these sites get branches.
 
-        The forward reads each weight with its adapters applied. It cannot if a library has packed the weight.
+        The forward reads each weight with its adapters applied. It is no fallback if a library has packed a
+        weight.
         """
         return self.fallback and not any(site.opaque for site in sites)
 
@@ -297,14 +298,17 @@ class PassResult:
 
     @classmethod
     def of(cls, capture: Capture, **fields: Any) -> PassResult:
-        """Return the result of setting fields of a capture; unmodified if they have these values already."""
+        """Return the result of a pass that sets fields of a capture.
+
+        The capture is unmodified if the fields have these values already.
+        """
         if all(getattr(capture, name) == value for name, value in fields.items()):
             return cls(capture, False)
         return cls(dataclasses.replace(capture, **fields), True)
 
 
 class Pass(abc.ABC):
-    """A frozen dataclass whose fields are its options; calling it runs it.
+    """A step of a rewrite: a frozen dataclass whose fields are its options. Calling it runs the step.
 
     A functional pass returns a new capture and does not change its argument. A pass that works in place
     edits the model of the capture, which is the pipeline's own copy, and returns its argument. Running a
@@ -323,7 +327,7 @@ class Pass(abc.ABC):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """The name of the pass; most define it on the class."""
+        """The name of the pass. Most passes define it on their class."""
 
     def requires(self, capture: Capture) -> str | None:
         """Return what the capture lacks for the pass to run; None if nothing. This must be cheap."""
@@ -333,7 +337,10 @@ class Pass(abc.ABC):
         return "nothing is planned" if self.needs == "plan" else "no operations were looked for"
 
     def ensures(self, before: Capture, after: Capture) -> str | None:
-        """Return the error in a result; None if it is right. This must be cheap."""
+        """Check the result of the pass. Return the error, or None if the result is right.
+
+        This must be cheap.
+        """
         return None
 
     @abc.abstractmethod

@@ -125,7 +125,7 @@ class PlannedTokens:
 
     @property
     def lookup(self) -> bool:
-        """True for a lookup, False for a product."""
+        """True if the site looks up the rows, False if it is a product with the rows."""
         return self.site.family == "embedding"
 
     @property
@@ -245,7 +245,7 @@ class Plan:
         """The unit of :attr:`flops` and :attr:`saved`: a token of the input, if there are no convolutions.
 
         Convolutions compute an output at each position, and layers differ in their number of positions. With
-        convolutions, it is a sample if the positions of a sample are known, and else a position.
+        convolutions, the unit is a sample if the positions of a sample are known, and else a position.
         """
         if self.sample_cost is not None:
             return "sample"
@@ -260,7 +260,7 @@ class Plan:
     def saved(self) -> int:
         """Bytes saved for backward for one :attr:`unit`, beyond those of the frozen model, at most.
 
-        It is the sum over separate operations: the input and ``x Aᵀ``, and with dropout the tensors of the
+        This is the sum over separate operations: the input and ``x Aᵀ``, and with dropout the tensors of the
         plain form. The sum does not know which tensors layers share, the base saves anyway, or
         ``memory="balanced"`` recomputes. :attr:`kept` counts a whole step.
         """
@@ -341,12 +341,18 @@ class Plan:
 
     @property
     def losses_left(self) -> tuple[str, ...]:
-        """The reasons why no loss is computed in chunks, if chunks were requested. Empty if a loss may be."""
+        """The reasons why no loss is computed in chunks, for ``loss="chunked"``.
+
+        Empty without that option, or if a loss may be computed in chunks.
+        """
         chunked = any(outcome == "chunked" for _, outcome in self.loss or ())
         return () if self.loss is None or chunked else tuple(self._of_loss())
 
     def _of_loss(self) -> Iterator[str]:
-        """Yield a line for each head that says if its loss is computed in chunks, if that was requested."""
+        """Yield a line of text for each head: its loss is computed in chunks, or the reason why not.
+
+        Yield nothing without ``loss="chunked"``.
+        """
         for name, outcome in self.loss or ():
             chunked = outcome == "chunked"
             yield (
@@ -405,7 +411,7 @@ class Plan:
             name: An FQN, the end of one (``q_proj``), or a module with operations inside.
 
         Raises:
-            ConfigError: If it selects none. The message has the nearest names, if any is near.
+            ConfigError: If the name selects no operation. The message has the nearest names, if any is near.
         """
         outcomes = {
             row.name: f"adapted: {row.reason}; {self._adapter_text(row)}" for row in self.sites
@@ -545,7 +551,10 @@ class Plan:
         return [*lines, *self.idle_entries()]
 
     def idle_entries(self) -> list[str]:
-        """Return :attr:`unmatched` in lines. Entries of one field that have no similar name share a line."""
+        """Return the entries of the configuration that selected nothing, as lines of text.
+
+        Entries of one field that have no similar name share a line.
+        """
         lines = [entry for entry in self.unmatched if not entry.endswith(_IDLE)]
         fields: dict[str, list[str]] = {}
         for entry in self.unmatched:
@@ -558,13 +567,16 @@ class Plan:
         return lines
 
     def capture_lines(self) -> list[str]:
-        """Return the front-end and why others were not used, if an operation cannot be adapted; else []."""
+        """Return the front-end and the reasons against the others, as lines of text.
+
+        Return an empty list if all operations can be adapted.
+        """
         if not self.rejections:
             return []
         return [f"captured by {self.frontend}", *(f"  {note}" for note in self.notes)]
 
     def __str__(self) -> str:
-        """Return the totals, the table of the sites, equal layers in one row, and the sections below."""
+        """Return the plan as text: the totals, a table with equal layers in one row, and lists below."""
         lines = [f"{len(self.sites)} site(s), {''.join(self.totals())}", self.cost()]
         lines += self.warnings()
         rows = folded(self.rows())
@@ -613,7 +625,7 @@ class Comparison:
     """Plans of one model side by side: ``str()`` is a table, and a notebook shows a table that sorts.
 
     Attributes:
-        plans: By name, in the order of the arguments.
+        plans: The plans by name, in the order of the arguments.
     """
 
     plans: Mapping[str, Plan]
@@ -682,7 +694,7 @@ def _span_of(ranks: list[int]) -> str:
 
 
 def _stored(site: Site) -> str:
-    """Return the shape of the weight, and its format if it is quantized."""
+    """Return the shape of the weight of a site as text, with the format if the weight is quantized."""
     shape = "x".join(str(size) for size in site.shape)
     return shape if site.quantized is None else f"{shape} {site.quantized.scheme}"
 

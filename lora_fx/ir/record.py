@@ -98,7 +98,7 @@ def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
 
 
 def _written(tag: Tag | None) -> Tag | None:
-    """Return a tag without ``fused``, which only later passes need."""
+    """Return a tag as :func:`freeze` stores it, without ``fused``, which only later passes need."""
     return None if tag is None else dataclasses.replace(tag, fused=None)
 
 
@@ -128,7 +128,7 @@ def _thaw_target(target: Any) -> Any:
 
 
 def _map(value: Any, cls: type, fn: Callable[[Any], Any]) -> Any:
-    """Replace each instance of a class in the arguments of a node."""
+    """Replace each instance of ``cls`` in the arguments of a node by the result of ``fn``."""
     # Not fx.map_arg: its containers are immutable subclasses that need torch to unpickle.
     if isinstance(value, cls):
         return fn(value)
@@ -183,8 +183,8 @@ class AdapterRecord:
 class Base:
     """The graphs of a model before any branch was inserted, and the operations in them.
 
-    Adding or switching adapters inserts branches into these graphs again. It never changes, so that copies
-    of a model share it.
+    Adding or switching adapters inserts branches into these graphs again. A ``Base``
+    never changes, so that copies of a model share it.
 
     Attributes:
         graphs: The graph of every region by key, parents first. Equal layers share a graph.
@@ -240,7 +240,7 @@ class Base:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ActiveAdapters:
-    """The adapters that a model runs with. Two are equal only if they are the same object.
+    """The adapters that a model runs with. Two choices are equal only if they are the same object.
 
     Attributes:
         names: Their names, in the order in which they are added.
@@ -317,7 +317,7 @@ class Record:
 
     @property
     def deploys(self) -> bool:
-        """True if an adapter is trained for a storage of its weights."""
+        """True if an adapter is trained for the storage of its merged weights (``deploy=``)."""
         return any(row.deploy for adapter in self.adapters.values() for row in adapter.sites)
 
     @property

@@ -70,7 +70,7 @@ class Savings:
     left: tuple[tuple[str, str], ...] = ()
 
     def of(self, fqn: str) -> Saving:
-        """Return the ways in which a module keeps less."""
+        """Return the ways in which the module of this FQN keeps less for the backward."""
         return Saving(
             len(self.blocks) if fqn in self.blocks else 0,
             fqn in self.tiles,
@@ -80,7 +80,7 @@ class Savings:
         )
 
     def lines(self) -> list[str]:
-        """Return both kinds of modules in words, and the spans if there are any."""
+        """Return the recomputed modules, the modules in tiles, and any spans, as lines of text."""
         blocks = f"run again in the backward (a GPU keeps their inputs on the host): {_counted(self.blocks)}"
         lines = [blocks, f"a tile of tokens at a time: {_counted(self.tiles)}"]
         spans = _counted([f"{span.first} to {span.modules[-1]}" for span in self.spans])
@@ -88,6 +88,6 @@ class Savings:
 
 
 def _counted(names: Sequence[str]) -> str:
-    """Return names in one text. Names that differ only in numbers appear once, with their count."""
+    """Join names to a line of text. Names that differ only in numbers appear once, with their count."""
     counts = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
     return ", ".join(f"{name} ({count})" for name, count in counts.items()) or "none"

@@ -170,7 +170,7 @@ class Site:
 
     @property
     def parameter(self) -> str:
-        """The weight's name in its owner."""
+        """Name of the weight in the module that owns it."""
         return self.weight.rpartition(".")[2]
 
     @property
@@ -185,7 +185,7 @@ class Site:
 
     @property
     def opaque(self) -> bool:
-        """True if only graphs and layers of a library can read the weight: it is quantized, and no stack."""
+        """True if only graphs and a library's layers can read the weight: it is quantized and no stack."""
         return self.quantized is not None and self.quantized.stacked is None
 
     @property
@@ -206,7 +206,7 @@ class Site:
 
     @property
     def is_layer(self) -> bool:
-        """True if it multiplies vectors with the whole of a matrix, as ``nn.Linear`` does."""
+        """True if the operation multiplies vectors with a whole matrix, as ``nn.Linear`` does."""
         left = any(call.left for call in self.calls)
         whole = self.rows is None and self.view is None
         return self.family == "linear" and self.reads_vectors and whole and not left
@@ -228,7 +228,7 @@ class Site:
 
     @property
     def divisible(self) -> bool:
-        """True if some of its output features can have a separate adapter."""
+        """True if some output features of the operation can have a separate adapter."""
         plain = self.family == "linear" and self.rows is None and self.experts is None
         return plain and all(call.axes == (-1,) for call in self.calls)
 
@@ -303,7 +303,7 @@ class Rejection:
 
     @property
     def names(self) -> tuple[str, str]:
-        """Names by which a configuration may select it: its own, and that of its weight."""
+        """Names by which a configuration may select the operation, with and without ``.weight``."""
         return self.name, f"{self.name}.weight"
 
 
@@ -353,19 +353,19 @@ class Factors:
 
 
 class BranchBuilder(Protocol):
-    """The object with which a pattern writes the nodes of a branch. It tags every node."""
+    """The object with which a pattern writes the nodes of a branch. The builder tags every node."""
 
     @property
     def a(self) -> fx.Node:
-        """A, in the dtype in which the branch computes."""
+        """Node of the factor A, in the dtype in which the branch computes."""
 
     @property
     def b(self) -> fx.Node:
-        """B, as the kind computes it for the branch."""
+        """Node of the factor B, as the kind computes it for the branch."""
 
     @property
     def bias(self) -> fx.Node | None:
-        """The bias of the operation that applies B, [out], or None.
+        """Node of the bias that is added to the product with B, [out], or None.
 
         If a pattern does not use this bias, the kind adds it to the branch.
         """
@@ -473,7 +473,7 @@ class OutputBuilder(BranchBuilder, Protocol):
         """
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
-        """Return the node that ``make`` writes; it is called once for each key."""
+        """Return the node that ``make`` writes. ``make`` is called once for each key."""
 
     def fuse_by(
         self,
@@ -509,7 +509,7 @@ class Pattern(Protocol):
         """Unique name, kebab-case; shown in the dry run."""
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """Return a site, a refusal with its reason, or None if the node is not of this kind."""
+        """Return the site of a node, a refusal with its reason, or None for another kind of operation."""
 
     def factors(self, site: Site, rank: int) -> Factors:
         """Return the shapes and names of A and B."""
@@ -577,7 +577,7 @@ class OnnxBuilder(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OnnxProduct:
-    """The product ``x Wᵀ`` to make nodes for.
+    """A product ``x Wᵀ`` with a quantized weight, for which ONNX nodes are made.
 
     Attributes:
         x: The input, [..., in].

@@ -205,7 +205,10 @@ class AdapterKind:
         return self.with_options(value) if isinstance(value, Mapping) else self
 
     def with_options(self, options: Mapping[str, Any] | None) -> AdapterKind:
-        """Return the kind with options. A planned site stores them: plain, hashable values."""
+        """Return a copy of the kind with the options of a site.
+
+        A planned site stores the options, as plain and hashable values.
+        """
         if options is None:
             return self
         kind = copy.copy(self)
@@ -221,7 +224,7 @@ class AdapterKind:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Names of other adapters whose factors its graphs read (:meth:`lora_fx.ir.OutputBuilder.other`)."""
+        """Names of the other adapters whose factors are read (:meth:`lora_fx.ir.OutputBuilder.other`)."""
         return ()
 
     @property
@@ -231,7 +234,10 @@ class AdapterKind:
 
     @property
     def direct(self) -> bool:
-        """True if the change is ``s·BA`` of the stored factors: :meth:`merged_factors` returns them."""
+        """True if the change of the weight is ``s·BA`` of the factors as stored.
+
+        Then :meth:`merged_factors` returns the stored factors.
+        """
         return type(self).merged_factors is AdapterKind.merged_factors
 
     @property
@@ -240,7 +246,7 @@ class AdapterKind:
         return type(self).start_base is not AdapterKind.start_base
 
     def config_for(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
-        """Return the configuration of a folder, with settings that only its tensors show.
+        """Complete the configuration of an adapter folder by settings that only its tensors show.
 
         Args:
             config: The configuration in the folder.
@@ -263,7 +269,7 @@ class AdapterKind:
         """Return the initial values of A and B, in the stored shapes.
 
         Args:
-            starting: The values to compute them from. Its A and B have the initial values of LoRA.
+            starting: The values to compute A and B from. Its A and B have the initial values of LoRA.
         """
         assert starting.a is not None
         assert starting.b is not None
@@ -301,7 +307,7 @@ class AdapterKind:
 
     @property
     def setting(self) -> str:
-        """The setting of a configuration that chooses the kind, in words."""
+        """The setting of a configuration that chooses the kind, in words for messages."""
         if self.chosen_start:
             return f"init_lora_weights={self.chosen_start!r}"
         if not self.fields:
@@ -310,7 +316,7 @@ class AdapterKind:
 
     @property
     def remedy(self) -> str:
-        """The way to another kind, in words."""
+        """The change of a configuration that chooses another kind, in words for messages."""
         if self.chosen_start:
             return "set init_lora_weights=True"
         if not self.fields:
@@ -393,7 +399,7 @@ class AdapterKind:
     def branch(
         self, pattern: Pattern, node: fx.Node, region: Region, build: OutputBuilder
     ) -> fx.Node:
-        """Write ``B A drop(x)``, and return its node.
+        """Write ``B A drop(x)`` for the pattern's operation, and return its node.
 
         Args:
             pattern: The pattern of the operation.
@@ -412,7 +418,7 @@ class AdapterKind:
         return None
 
     def without_bias(self) -> AdapterKind:
-        """Return the kind for a product with a layer's weight that does not add the layer's bias."""
+        """Return the kind to use for a product with a layer's weight that leaves out the layer's bias."""
         return self
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
@@ -431,7 +437,7 @@ class AdapterKind:
     # --- merges -----------------------------------------------------------------------------------
 
     def values(self, site: Site, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return slots in the shapes that the methods below take: vectors over output features are flat.
+        """Return stored slots in the shapes that merges take: vectors over the output features are flat.
 
         Args:
             site: The site.
@@ -502,7 +508,7 @@ class AdapterKind:
         b: Tensor,
         values: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Return the inputs of a file for B and for the slots, by role.
+        """Return the inputs of an exported file that takes adapters: B and the slots, by role.
 
         Args:
             row: The site.
@@ -520,7 +526,9 @@ class AdapterKind:
     def from_inputs(
         self, site: Site, weight: Tensor, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return B and the slots by role from inputs of a file: the inverse of :meth:`inputs` at scale 1.
+        """Return B and the slots by role from the inputs of an exported file.
+
+        This is the inverse of :meth:`inputs` at scale 1.
 
         Args:
             site: The site.
@@ -582,7 +590,7 @@ def register_adapter_kind(kind: AdapterKind) -> None:
     them (``lora_bias`` and the like), so that PEFT reads the saved folders.
 
     An adapter folder stores the name in ``adapter_config.json``, with a ``peft_type`` that PEFT does not
-    accept as LoRA. It loads wherever the kind is registered.
+    accept as LoRA. The folder loads wherever the kind is registered.
 
     Args:
         kind: An instance of a subclass of :class:`lora_fx.kinds.AdapterKind`. Its options are its
@@ -631,7 +639,7 @@ def kind_of(row: _Kinded) -> AdapterKind:
     """Return the kind of a planned site, with its options.
 
     Raises:
-        ConfigError: If it was registered in another process and not in this one.
+        ConfigError: If the kind was registered in another process and not in this one.
     """
     return _named(row.kind).with_options(row.options)
 
@@ -652,7 +660,7 @@ def chosen_kind(config: LoraConfig) -> AdapterKind:
     """Return the kind that a configuration chooses, without a site's options.
 
     Raises:
-        ConfigError: If it is not registered, other fields choose it, or other fields do not apply to it.
+        ConfigError: If the kind is not registered, other fields choose it, or fields do not apply to it.
     """
     start = next(
         (k.chosen_start for k in _BUILT_IN if k.chosen_start == config.init_lora_weights), ""
@@ -683,7 +691,7 @@ def site_kind(site: Site, config: LoraConfig) -> AdapterKind:
 
 
 def config_for(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
-    """Return the configuration of a folder, with settings that only its tensors show.
+    """Complete the configuration of an adapter folder by settings that only its tensors show.
 
     Args:
         config: The configuration in the folder.
@@ -709,7 +717,7 @@ def kind_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
     """Return the reason why a selected site cannot have the configuration's kind; None if it can.
 
     Raises:
-        ConfigError: If it cannot, and the configuration lists the site, so that it must not be skipped.
+        ConfigError: If the site cannot have the kind, and the configuration lists the site by its name.
     """
     kind = site_kind(site, config)
     _check_merges(kind, site)
@@ -720,7 +728,7 @@ def kind_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
 
 
 def _check_merges(kind: AdapterKind, site: Site) -> None:
-    """Raise for a kind that trains slots whose effect on a merged model is unknown.
+    """Raise if nothing says how a kind's trained slots change a merged model.
 
     Raises:
         ConfigError: With the names of the slots, and of the methods to override.
@@ -751,12 +759,12 @@ def refusal(kind: AdapterKind) -> str:
 
 
 def stores_product(kind: AdapterKind) -> bool:
-    """Return True if the weight's change is ``s·BA`` of the stored A and B."""
+    """Return True if the change of the weight is ``s·BA`` of A and B as stored, in every call."""
     return kind.low_rank and kind.direct and not kind.dynamic
 
 
 def union_of(names: Iterable[str], site: Site) -> str:
-    """Return the name of the kind that trains everything that any of these kinds trains at a site.
+    """Return the name of a kind that trains everything that the kinds of these names train at a site.
 
     Raises:
         ConfigError: If no registered kind does.
@@ -768,7 +776,7 @@ def union_of(names: Iterable[str], site: Site) -> str:
 
 
 def kind_with(slots: Collection[str], site: Site) -> str:
-    """Return the name of the kind that trains A, B and these slots at a site.
+    """Return the name of the kind that trains A, B and exactly these slots at a site.
 
     Raises:
         ConfigError: If no registered kind does.

@@ -42,7 +42,10 @@ class ActivatedLora(Lora):
         return self.with_options({"tokens": tuple(config.alora_invocation_tokens or ())})
 
     def objection(self, site: Site, rank: int) -> str | None:
-        """Refuse what PEFT refuses, and operations whose outputs are not the last dimension."""
+        """Return the reason why a site cannot have aLoRA; None if it can.
+
+        As in PEFT, only linear layers over tokens can.
+        """
         whole = site.rows is None and not site.experts and not site.attention
         vectors = all(call.axes == (-1,) and not call.left for call in site.calls)
         if site.family != "linear" or not whole or not vectors:

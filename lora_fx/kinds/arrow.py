@@ -37,7 +37,7 @@ class Arrow(AdapterKind):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The adapters that it routes to, and those that it subtracts."""
+        """Names of the adapters that tokens are routed to, and of the adapters that are subtracted."""
         return () if self.options is None else (*self.options["tasks"], *self.options["general"])
 
     def at(self, site: Site, config: LoraConfig) -> AdapterKind:
@@ -72,7 +72,10 @@ class Arrow(AdapterKind):
         )
 
     def objection(self, site: Site, rank: int) -> str | None:
-        """Refuse other layers than linear ones, as PEFT does."""
+        """Return the reason why a site cannot have Arrow; None if it can.
+
+        As in PEFT, only linear layers can.
+        """
         whole = site.rows is None and not site.experts and not site.attention
         vectors = all(call.axes == (-1,) and not call.left for call in site.calls)
         if site.family != "linear" or not whole or not vectors:

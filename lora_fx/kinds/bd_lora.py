@@ -63,7 +63,10 @@ class BlockDiagonal(Lora):
         return 1 if self.options is None else int(self.options["blocks"])
 
     def at(self, site: Site, config: LoraConfig) -> AdapterKind:
-        """Return the kind of a layer by its name. As in PEFT, an entry matches anywhere in the whole name."""
+        """Return the kind of a layer, which the lists of ``use_bdlora`` choose by the layer's name.
+
+        As in PEFT, an entry of a list matches anywhere in the whole name.
+        """
         options = config.use_bdlora
         assert options is not None
         matches = _letters(site.name, config)
@@ -87,7 +90,10 @@ class BlockDiagonal(Lora):
         return self.with_options({"letter": "", "blocks": 1, "problem": problem})
 
     def objection(self, site: Site, rank: int) -> str | None:
-        """Refuse, as PEFT does, layers that are not linear, and sizes that the blocks do not divide."""
+        """Return the reason why a site cannot have BD-LoRA; None if it can.
+
+        As in PEFT, only linear layers whose sizes the blocks divide can have it.
+        """
         whole = site.rows is None and site.parameter == "weight" and not site.experts
         if site.family != "linear" or not whole or site.attention:
             return "BD-LoRA is for linear layers alone (as in PEFT): leave it out"
@@ -104,7 +110,7 @@ class BlockDiagonal(Lora):
     # --- factors ----------------------------------------------------------------------------------
 
     def factors(self, site: Site, shapes: Factors) -> Factors:
-        """Return the shape of the blocks, one below the other."""
+        """Return the stored shapes: the blocks of the block-diagonal factor are one below the other."""
         rows, columns = shapes.a if self.letter == "a" else shapes.b
         blocks = (rows, columns // self.blocks)
         if self.letter == "a":
@@ -112,7 +118,10 @@ class BlockDiagonal(Lora):
         return dataclasses.replace(shapes, b=blocks)
 
     def start_pair(self, starting: Starting) -> tuple[Tensor, Tensor]:
-        """Return PEFT's start: a block-diagonal A is Kaiming-uniform with gain √2, such a B is zero."""
+        """Return PEFT's initial factors: a block-diagonal A is Kaiming-uniform with gain √2.
+
+        A block-diagonal B is zero.
+        """
         a, b = super().start_pair(starting)
         if self.letter == "b":
             return a, torch.zeros_like(b)
@@ -138,7 +147,10 @@ class BlockDiagonal(Lora):
 
 
 def _letters(name: str, config: LoraConfig) -> list[str]:
-    """Return the block-diagonal factors of a layer, "a" or "b", or both if the configuration is wrong."""
+    """Return the factors of a layer, "a" or "b", that ``use_bdlora`` makes block-diagonal by its name.
+
+    Both are an error of the configuration.
+    """
     return [
         letter
         for letter in _FACTORS

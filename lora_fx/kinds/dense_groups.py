@@ -33,7 +33,7 @@ class _Dense(AdapterKind):
     deploys = False
 
     def config_for(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
-        """Set ``dense_groups`` for a folder in which the A of a grouped convolution mixes groups."""
+        """Set ``dense_groups`` if an adapter folder has a grouped convolution whose A mixes groups."""
         if config.kind is not None or config.dense_groups:
             return config
         for key, a in tensors.items():
@@ -54,7 +54,7 @@ class _Dense(AdapterKind):
         return dataclasses.replace(shapes, a=(rank, inner * site.groups, *kernel))
 
     def costs(self, site: Site, rank: int) -> Costs:
-        """Return costs that include the additional FLOPs of a branch without groups, for one position."""
+        """Return the costs of a plain kind, plus the FLOPs that dense groups add for one position."""
         costs, kernel = super().costs(site, rank), math.prod(site.weight_shape[2:])
         elements = rank * (site.in_features * kernel + site.out_features)
         more = 2 * (elements - elements // site.groups)

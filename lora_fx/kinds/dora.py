@@ -74,7 +74,10 @@ class Dora(AdapterKind):
         return (bias_slot(site), magnitude) if self.bias else (magnitude,)
 
     def costs(self, site: Site, rank: int) -> Costs:
-        """Return one product and one sum for each output feature. The norm is not a cost per token."""
+        """Return the costs of the gain: one product and one sum for each output feature.
+
+        The norm does not depend on the number of tokens, and is left out.
+        """
         out = site.out_features
         return Costs(out, 2 * out, out)
 
@@ -164,7 +167,10 @@ class Dora(AdapterKind):
         )
 
     def _constant(self, build: OutputBuilder) -> fx.Node:
-        """Write the gain for the branch. It is detached if the node of the sum computes its gradient."""
+        """Write the gain for the branch.
+
+        The gain is detached if the node that adds the branch computes the gradient of the gain.
+        """
         if not _from_output(build):
             return self._gain(build)
         return build.once("held", lambda: build.call(Role.MAGNITUDE, dora.held, self._gain(build)))
@@ -222,7 +228,7 @@ def _is_first(build: OutputBuilder) -> bool:
 
 
 def _recomputes_base(build: OutputBuilder) -> bool:
-    """Return True if the base product is recomputed for the gradient of the magnitude."""
+    """Return True if the branch recomputes the base product for the gradient of the magnitude."""
     linear = any(build.base.target is function for function in _LINEAR)
     return _is_first(build) and _makes_base_again(build.site) and linear
 

@@ -52,14 +52,15 @@ class Kasa(Lora):
         return (*super().slots(site), diagonal)
 
     def costs(self, site: Site, rank: int) -> Costs:
-        """Return the elements of the diagonal. Its product with B is not a cost per token."""
+        """Return the costs of the diagonal: its elements. Its product with B is not a cost per token."""
         bias = super().costs(site, rank)
         return dataclasses.replace(bias, parameters=bias.parameters + rank)
 
     def objection(self, site: Site, rank: int) -> str | None:
-        """Refuse everything but a linear layer, stored [out, in], whose weight is not tied.
+        """Return the reason why a site cannot have KaSA; None if it can.
 
-        Also refuse a rank that leaves no singular value of the weight.
+        Only a linear layer can, stored [out, in], whose weight is not tied. The rank must leave a singular
+        value of the weight.
         """
         if reason := layer_objection("KaSA", self, site):
             return reason

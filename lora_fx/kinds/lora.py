@@ -68,11 +68,14 @@ class Lora(AdapterKind):
         return (bias_slot(site),) if self.bias else ()
 
     def costs(self, site: Site, rank: int) -> Costs:
-        """Return one addition for each output feature, if B has a bias."""
+        """Return the costs of B's bias, if B has one: an addition for each output feature."""
         return Costs(site.out_features, site.out_features) if self.bias else Costs()
 
     def objection(self, site: Site, rank: int) -> str | None:
-        """Refuse a bias on B for an embedding: a lookup has no product that a bias could follow."""
+        """Return the reason why a site cannot have this kind; None if it can.
+
+        An embedding cannot have a bias on B, because a lookup has no product that a bias could follow.
+        """
         if self.bias and site.family == "embedding":
             return (
                 "an embedding has no bias on B (as in PEFT): leave it out, or set lora_bias=False"
@@ -104,7 +107,7 @@ class Lora(AdapterKind):
         return build.call(Role.ADD, operator.add, build.total, build.padded(scaled))
 
     def fuse(self, build: OutputBuilder) -> None:
-        """Set the function that computes the operation with its branch."""
+        """Tell the builder which functions compute the operation with its branch."""
         rows = (fused_rows.lora_rows, fused_rows.quantized_lora_rows)
         build.fuse_by(fused_lora.lora_linear, quantized=fused_lora.quantized_lora_linear, rows=rows)
 

@@ -27,7 +27,11 @@ class Mica(Lora):
         self.trains = "a frozen B, of singular vectors of the weight (MiCA)"
 
     def objection(self, site: Site, rank: int) -> str | None:
-        """Refuse everything but linear layers and embeddings, and ranks with too few singular vectors."""
+        """Return the reason why a site cannot have MiCA; None if it can.
+
+        Only linear layers and embeddings can. Their weight must be dense, and have as many singular vectors
+        as the rank.
+        """
         whole = site.family == "embedding" and site.rows is None and site.view is None
         if not whole and (reason := layer_objection("MiCA", self, site)):
             return reason

@@ -72,14 +72,17 @@ class Monteclora(Lora):
         )
 
     def costs(self, site: Site, rank: int) -> Costs:
-        """Return a parameter for each sample and each variance. The noise is not a cost per token."""
+        """Return the costs of the noise: a parameter for each sample and each variance.
+
+        The noise is not a cost per token.
+        """
         assert self.options is not None
         bias = super().costs(site, rank)
         own = self.options["num_samples"] + rank
         return dataclasses.replace(bias, parameters=bias.parameters + own)
 
     def objection(self, site: Site, rank: int) -> str | None:
-        """Refuse everything but a linear layer."""
+        """Return the reason why a site cannot have MonteCLoRA; None if it can. Only linear layers can."""
         return layer_objection("MonteCLoRA", self, site)
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
@@ -174,7 +177,10 @@ def _variance(spread: Tensor, squares: Tensor) -> Tensor:
 
 
 def _weights(prior: Tensor, normals: Tensor) -> Tensor:
-    """Return the weights of the samples: a Dirichlet distribution, approximated by a logistic normal one."""
+    """Return the weights ``wᵢ`` of the noise, [n], with a Dirichlet distribution.
+
+    A logistic normal distribution approximates it.
+    """
     count, concentrations = len(prior), prior.exp().clamp_min(_LEAST)
     logarithms, inverse = concentrations.log(), 1 / concentrations
     variance = inverse * (1 - 2 / count) + inverse.sum() / count**2

@@ -70,7 +70,7 @@ class Velora(Lora):
         return Costs(bias.parameters, bias.flops + flops, bias.saved + saved)
 
     def objection(self, site: Site, rank: int) -> str | None:
-        """Refuse everything but a linear layer."""
+        """Return the reason why a site cannot have VeLoRA; None if it can. Only linear layers can."""
         return layer_objection("VeLoRA", self, site)
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
@@ -168,7 +168,7 @@ def _group_size(features: int, groups: int) -> int:
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """Return the features of all vectors in groups, [n, groups, size]. Zeros fill the last group."""
+    """Cut the features of all vectors into groups, [n, groups, size]. Zeros fill the last group."""
     size = _group_size(x.shape[-1], groups)
     return F.pad(x, (0, groups * size - x.shape[-1])).reshape(-1, groups, size)
 

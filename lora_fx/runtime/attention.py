@@ -38,7 +38,11 @@ __all__ = [
 
 
 def canonical_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return a mask to add to the scores. A boolean mask becomes 0 and -inf, in the dtype of ``like``."""
+    """Convert an attention mask to numbers that are added to the scores.
+
+    True in a boolean mask becomes -inf, and False becomes 0, in the dtype of ``like``. A mask of numbers, or
+    None, is returned as it is.
+    """
     if mask is None or mask.is_floating_point():
         return mask
     if mask.dtype is not torch.bool:
@@ -140,7 +144,10 @@ def sequence_first_in_memory(out: Tensor, training: bool) -> Tensor:
 
 
 def _merged(mask: Tensor | None, padding: Tensor | None, batch: int, heads: int) -> Tensor | None:
-    """Combine both masks into a mask that broadcasts to [N, heads, L, S]."""
+    """Add the padding mask to the attention mask, in a shape that broadcasts to [N, heads, L, S].
+
+    Return None if both are None.
+    """
     if mask is not None and mask.dim() == 3:
         mask = torch.unflatten(mask, 0, (batch, heads))
     if padding is None:
@@ -160,7 +167,9 @@ def _explicit(
 
 
 def causal_hint(x: Tensor, mask: Tensor | None, is_causal: bool | None, batch_first: bool) -> bool:
-    """Return True if the mask is the causal mask. PyTorch's encoder and decoder check this for None as hint.
+    """Return ``is_causal``, or if it is None, True for a mask that is causal.
+
+    PyTorch's encoder and decoder check their masks in the same way.
 
     Args:
         x: [L, N, E], [N, L, E] with ``batch_first``, or [L, E].
@@ -223,7 +232,7 @@ def fitted_window(x: Tensor, window: Sequence[int]) -> list[int]:
 
 
 def without_key_bias(bias: Tensor | None) -> Tensor | None:
-    """Return the bias of a fused q, k, v projection, [3 E], with zeros for k."""
+    """Return the bias of a fused q, k, v projection, [3 E], with zeros for k. Swin v2 has no bias on keys."""
     if bias is None:
         return None
     third = bias.shape[0] // 3
@@ -251,7 +260,7 @@ def partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
 
 
 def reverse(windows: Tensor, like: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Undo :func:`partition`.
+    """Undo :func:`partition`: join the windows, and remove the shift and the padding.
 
     Args:
         windows: [N * windows, volume of a window, C].
@@ -324,7 +333,10 @@ def attend_in_windows(
 def _geometry(
     x: Tensor, window: Sequence[int], shift: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Return the sizes after padding, and the shift along each axis."""
+    """Return the sizes of an input that is padded to whole windows, and the shift along each axis.
+
+    The shift is 0 along an axis with a single window.
+    """
     sizes = x.shape[1:-1]
     padded = [size + (-size) % wanted for size, wanted in zip(sizes, window, strict=True)]
     shifts = [

@@ -76,7 +76,7 @@ class Change(Protocol):
 
 
 class Adapted(Protocol):
-    """Change of one weight by the active adapters, not bound to a module."""
+    """Change of one weight by the active adapters, before it is bound to the factors of a module."""
 
     def read(self, owner: nn.Module, base: torch.Tensor) -> torch.Tensor:
         """Return the tensor for code that reads the weight.
@@ -110,7 +110,7 @@ class EffectiveWeight(torch.Tensor):
 
     @property
     def data(self) -> Any:
-        """The same values, detached from autograd."""
+        """The adapted weight, detached from autograd. Setting this attribute raises."""
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
@@ -119,7 +119,7 @@ class EffectiveWeight(torch.Tensor):
 
     @property
     def grad(self) -> Any:
-        """Gradient of the base weight, if that is trained, too."""
+        """Gradient of the base weight. It is None if only the factors are trained."""
         return self.base.grad
 
     @grad.setter
@@ -333,7 +333,7 @@ _SWAPS = frozenset((torch.transpose, torch.Tensor.transpose))
 
 
 def _turns(func: Any, args: Sequence[Any]) -> bool:
-    """Return True if a function transposes a matrix."""
+    """Return True if this call transposes a matrix, so that :meth:`Change.turned` can replace the values."""
     if func not in _TURNS and func not in _SWAPS:
         return False
     swapped = func in _TURNS or {axis % 2 for axis in args[1:] if isinstance(axis, int)} == {0, 1}
@@ -395,7 +395,10 @@ def effective_weight(change: Change, base: torch.Tensor) -> torch.Tensor:
 
 
 def _kind_of(tensor: torch.Tensor) -> type:
-    """Return the class of a tensor, with plain tensors, parameters and stacks as one class."""
+    """Return the class of a tensor; :class:`torch.Tensor` for plain tensors, parameters and stacks.
+
+    Different classes show that a library is converting the tensors of a layer.
+    """
     plain = type(tensor) is nn.Parameter or isinstance(tensor, StackedTensor)
     return torch.Tensor if plain else type(tensor)
 
@@ -422,14 +425,17 @@ def _place(frame: FrameType | None) -> str:
 
 
 def base_parameter(module: Any, name: str) -> Any:
-    """Return a parameter without adapters, or the view that a library has put in its place, or None."""
+    """Return a parameter without its adapters, or None if the module has no parameter of this name.
+
+    If a library has put a view in the place of the parameter, return the view.
+    """
     attributes = vars(module)
     base = _held(attributes, name) if name in attributes.get(CHANGES, _NONE) else None
     return getattr(module, name, None) if base is None else base
 
 
 def _held(attributes: Mapping[str, Any], name: str) -> Any:
-    """Return a base parameter, or the view that a library has set as an instance attribute over it."""
+    """Return a base parameter from the ``vars`` of its module, or a view that a library has set over it."""
     view = attributes.get(name)
     base = attributes["_parameters"].get(name) if view is None else view
     base = attributes["_buffers"].get(name) if base is None else base
@@ -484,7 +490,7 @@ def assigned(module: nn.Module, name: str, value: Any) -> Any:
 
 
 def _asked_by_mover() -> bool:
-    """Return True if code that moves parameters, such as FSDP2, accesses the attribute."""
+    """Return True if the code that reads or sets an adapted attribute moves parameters, as FSDP2 does."""
     frame = sys._getframe(2)
     while frame.f_code.co_name == "__setattr__" and frame.f_back is not None:
         frame = frame.f_back

@@ -298,7 +298,7 @@ def is_scoped(model: nn.Module) -> bool:
 
 
 def disarm(module: nn.Module) -> None:
-    """Stop watching a module. Its graph stays, if it has one."""
+    """Stop watching a module, whose weights are read without adapters then. A region keeps its graph."""
     module.__dict__.pop(STATE, None)
     module.__dict__.pop(CHANGES, None)
     made_of = inner_class(module).__dict__.get(_SOURCE)
@@ -350,7 +350,7 @@ def mark_checked(model: nn.Module) -> None:
 
 
 def _above(owners: set[str]) -> set[str]:
-    """Return the FQNs of the ancestors of these modules, including the root."""
+    """Return the FQNs of the ancestors of some modules, including the root."""
     fqns = {""}
     for owner in owners:
         above = owner.rpartition(".")[0]
@@ -367,7 +367,7 @@ def entry(name: str, cls: type, method: str = "") -> Callable[..., Any]:
     """Return a method whose first call of each form is watched.
 
     Args:
-        name: Key that distinguishes it from other methods of the module.
+        name: Key that distinguishes the method from others of the module.
         cls: The class with the method. The method is looked up again at each call.
         method: Name of the method; by default ``name``.
     """
@@ -477,7 +477,7 @@ def _watched(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run a call under a watch, and raise the error that the watch has found."""
+    """Run a call under a watch, and raise the error of the watch if code bypassed an adapter."""
     outer = getattr(_local, "watch", None)
     _local.watch = watch
     with _lock:
@@ -498,13 +498,16 @@ def _watched(
 
 
 def _leave_to(watch: _Watch) -> None:
-    """Exit dispatch modes that a call has left active. An interrupt skips the hooks that exit them."""
+    """Exit the dispatch modes that a call has left active on top of its watch.
+
+    An interrupt skips the hooks that would exit them.
+    """
     while (mode := torch_private.dispatch_mode()) is not None and mode is not watch:
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # of torch
 
 
 def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
-    """Return True if a call cannot be watched now: it is being traced, or runs without values."""
+    """Return True if a call cannot be watched now, such as a traced or compiled call."""
     if model.root() is None and record_of(module) is not None:
         model.root = weakref.ref(module)  # the model is a copy, or was unpickled
     root = model.root()
@@ -673,18 +676,18 @@ class Hooked(nn.Module):
         self.__dict__["peft_config"] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. If it replaces a submodule, all calls are watched again."""
+        """Set an attribute. If the value replaces a submodule, watch all forms of calls again."""
         if isinstance(value, nn.Module) and name in self.__dict__.get("_modules", ()):
             arm_again()
         super().__setattr__(name, assigned(self, name, value))
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Register a hook, which is watched when it first runs."""
+        """Register a hook, and watch all forms of calls again, because the hook may read weights."""
         arm_again()
         return super().register_forward_hook(*args, **kwargs)
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Register a hook, which is watched when it first runs."""
+        """Register a hook, and watch all forms of calls again, because the hook may read weights."""
         arm_again()
         return super().register_forward_pre_hook(*args, **kwargs)
 
@@ -851,7 +854,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         return result
 
     def _note(self, tensor: torch.Tensor, names: frozenset[str]) -> None:
-        """Record the weights that a value was computed from."""
+        """Record that a value was computed from these weights, to check later operators on the value."""
         # Results of comparisons, indices and empty tensors carry no values of a weight.
         if tensor.dtype not in (torch.bool, torch.int64):
             for part in _parts(tensor):
@@ -960,7 +963,10 @@ def _foreign(frame: FrameType | None) -> str:
 
 
 def _is_node(module: Any, code: CodeType | None) -> bool:
-    """Return True if the graph of a module calls a function with this code, decorated or not."""
+    """Return True if the graph of a module calls a function with this code, decorated or not.
+
+    Such a function runs as a part of the graph, and is no foreign code.
+    """
     graph = getattr(type(module), GRAPH, None)
     return graph is not None and any(
         getattr(function, "__code__", None) is code
@@ -976,7 +982,11 @@ def _name(func: Any) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _kind(func: Any) -> str:
-    """Classify an operator on a weight: ``move``, ``pointwise``, ``reduce``, ``ask`` or ``product``."""
+    """Classify an operator on a weight: ``move``, ``pointwise``, ``reduce``, ``ask`` or ``product``.
+
+    A ``move`` only copies or views values. An ``ask`` reads a shape or a fact about the values. Operators
+    that PyTorch tags as neither pointwise nor reduction are products.
+    """
     namespace, name = func.namespace, _name(func)
     if namespace in ("c10d", "_c10d_functional", "fsdp"):
         return "move"
@@ -1004,7 +1014,7 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 def _is_library(root: str) -> bool:
-    """Return True if code of a package counts as a part of the operation that calls it."""
+    """Return True if code of a package is not user code, but part of the operation that calls it."""
     return (
         root in _LIBRARIES
         or root in sys.stdlib_module_names

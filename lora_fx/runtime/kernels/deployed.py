@@ -95,7 +95,7 @@ def straight_through(
 
 
 class _Rounded(torch.autograd.Function):
-    """The values of the rounded weight, with the gradient of ``W + s·BA``."""
+    """Autograd function that returns ``Q(W + s·BA)`` with the gradient of ``W + s·BA``."""
 
     @staticmethod
     def forward(
@@ -133,7 +133,7 @@ def _deployed_values(
     double: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the values of ``Q(W + s·BA)`` of a dense weight, opaque to a compiler."""
+    """Compute the values of ``Q(W + s·BA)`` for a dense weight. A compiler sees only one operator."""
     deploy = Deployment(form, rounded_to, block_size, double)
     return _values(deployed_weight(weight, a, b, scale, deploy), dtype)
 
@@ -154,7 +154,7 @@ def _(
 
 
 class _Options(NamedTuple):
-    """The options of a product with a weight that is rounded as it will be stored.
+    """Options of one call of :func:`deployed_linear`.
 
     Attributes:
         scale: The factor s of the branch.
@@ -172,7 +172,7 @@ class _Options(NamedTuple):
     opaque: bool
 
     def weight(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Return the rounded weight, in its storage or as values."""
+        """Return ``Q(W + s·BA)``, in its storage or, if ``opaque``, as plain values."""
         if not self.opaque:
             return deployed_weight(weight, a, b, self.scale, self.deploy)
         storage = self.deploy[:-1]
@@ -192,7 +192,7 @@ def deployed_linear(
     threshold: float = 0.0,
     base_training: bool = False,
 ) -> Tensor:
-    """Compute a linear operation with the adapted weight as it will be stored.
+    """Compute a linear operation with the adapted weight rounded to its storage in the merged model.
 
     The product is that of the merged model: the kernel of the format's library reads the stored weight. Under
     autocast the gradients of A and B are computed in autocast's dtype, else in that of ``x``. A compiler
@@ -262,7 +262,7 @@ def _run(
 
 
 def _outside(*arguments: Any) -> Tensor:
-    """Run the operation without compiling it."""
+    """Compute the operation over a quantized base outside of the graph of a compiler."""
     run: Any = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
     result: Tensor = run(*arguments)
     return result
@@ -281,12 +281,15 @@ def _product(x: Tensor, stored: Tensor, bias: Tensor | None, options: _Options) 
 
 
 def _to_input(grad: Tensor, stored: Tensor, options: _Options) -> Tensor:
-    """Compute ``grad W``, [tokens, in], with a stored weight."""
+    """Return the gradient of x, ``grad W``, [tokens, in], for a stored weight W."""
     return grad @ dense(stored, options.kernel[0] or grad.dtype).to(grad.dtype)
 
 
 class _Deployed(torch.autograd.Function):
-    """The operation. The backward pass rounds the weight again instead of keeping it."""
+    """Autograd function of :func:`deployed_linear`.
+
+    The backward pass rounds the weight again, so that the rounded weight is not kept.
+    """
 
     @staticmethod
     def forward(

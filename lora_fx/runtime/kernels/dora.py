@@ -102,7 +102,10 @@ def _squared_norm(
 def _matrices(
     weight: Tensor, a: Tensor, layout: str, groups: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield views of the weight and A as [out, n] and [r, n], or as [g, out/g, n] and [g, r/g, n]."""
+    """Yield views of the weight and A as [out, n] and [r, n], or as [g, out/g, n] and [g, r/g, n].
+
+    There is one pair, or for a transposed convolution one pair for each position of the kernel.
+    """
     if layout == "in_out" and weight.dim() == 2:
         yield weight.T, a
     elif layout == "in_out":
@@ -124,7 +127,10 @@ def _matrices(
 
 
 def _products_and_squares(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``W Aᵀ`` and ``‖W‖²`` by row. A half-precision weight is widened piece by piece."""
+    """Return ``W Aᵀ``, and the squared norm of each row of W.
+
+    A half-precision weight is cast to the dtype of A piece by piece, to save memory.
+    """
     if matrix.dtype == down.dtype:
         return matrix @ down.mT, _squares(matrix)
     count = min(_PIECES, -(-matrix.numel() // _CHUNK))
@@ -137,7 +143,7 @@ def _products_and_squares(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _squares(matrix: Tensor) -> Tensor:
-    """Return ``Σ w²`` by row, in blocks, because a kernel may lose digits in the sum of a long row."""
+    """Return ``Σ w²`` of each row. Long rows are summed in blocks, because a kernel may lose digits."""
     length = matrix.shape[-1]
     if length <= _BLOCK:
         return _squared(matrix)
@@ -150,7 +156,12 @@ def _squares(matrix: Tensor) -> Tensor:
 
 @functools.cache
 def _block(length: int) -> int:
-    """Return a block size that divides a length, if possible: matrices without gaps are read much faster."""
+    """Return a block size for sums over rows of this length, which divides the length if possible.
+
+    Matrices without gaps are read much faster.
+
+    It divides the length if possible, because matrices without gaps are read much faster.
+    """
     fitting = (size for size in range(_BLOCK, _LEAST - 1, -1) if length % size == 0)
     return next(fitting, _BLOCK)
 
@@ -251,7 +262,7 @@ def _over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:
 def _gain_in_parts(
     magnitude: Any, weight: Tensor, a: Any, b: Any, scale: float, layout: str
 ) -> Tensor:
-    """Return the gain of a linear layer with sharded factors, as a DTensor placed as the magnitude."""
+    """Return the gain of a linear layer with sharded factors, a DTensor with the magnitude's placements."""
     from torch.distributed.tensor import DTensor
 
     with torch.no_grad():
@@ -301,7 +312,7 @@ def applied_weight(
 
 
 def held(gains: Tensor) -> Tensor:
-    """Return the gains, detached if an output can be divided by each of them.
+    """Return the gains that the branch uses: detached if an output can be divided by each gain.
 
     With detached gains, :func:`rescaled` computes the gradient of the gains from its output. Otherwise it
     saves the base output.
@@ -335,7 +346,7 @@ def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
 
 
 def shifted(bias: Tensor | None, gains: Tensor, like: Tensor) -> Tensor | None:
-    """Return ``(1 - g) ∘ bias``, in the dtype of ``like``. It undoes the gain on the bias in a base output.
+    """Return ``(1 - g) ∘ bias``, a summand with which the gain does not scale the bias of the output.
 
     Return None if ``bias`` is None. Tensor parallelism may add the bias after the operation.
     """
@@ -472,7 +483,10 @@ def _summed(product: Tensor, like: Tensor) -> Tensor:
 
 
 class _FromOutput(torch.autograd.Function):
-    """``y = g ∘ base + up``; ``dL/dg = Σ dL/dy ∘ (y - bias) / g``."""
+    """Autograd function of ``y = g ∘ base + up`` that saves y instead of the base output.
+
+    The gradient of g is ``Σ dL/dy ∘ (y - bias) / g``.
+    """
 
     @staticmethod
     def forward(ctx: Any, base: Tensor, up: Tensor, gains: Tensor, bias: Tensor | None) -> Tensor:
@@ -495,7 +509,10 @@ class _FromOutput(torch.autograd.Function):
 
 
 class _FromInput(torch.autograd.Function):
-    """``y = g ∘ base + up``; ``dL/dg = Σ dL/dy ∘ base``, with a recomputed base product."""
+    """Autograd function of ``y = g ∘ base + up`` that computes the base output again in the backward.
+
+    The gradient of g is ``Σ dL/dy ∘ base``.
+    """
 
     @staticmethod
     def forward(

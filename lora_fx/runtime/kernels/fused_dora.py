@@ -104,18 +104,18 @@ def dora_linear(
 
 
 class _Options(NamedTuple):
-    """Options of a call. With ``again``, the backward recomputes ``x Wᵀ``."""
+    """Options of one call of :func:`dora_linear`. With ``again``, the backward recomputes ``x Wᵀ``."""
 
     scale: float
     rows: _Rows | None
     again: bool
 
     def part(self, matrix: Tensor) -> Tensor:
-        """Return the columns of a matrix that have the branch."""
+        """Return the columns of an output matrix to which the branch is added."""
         return matrix if self.rows is None else matrix[:, self.rows[0] : self.rows[1]]
 
     def own(self, weight: Tensor) -> Tensor:
-        """Return the rows of a weight, or the elements of a bias, that have the branch."""
+        """Return the rows of a weight, or the elements of a bias, for the outputs that have the branch."""
         return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
 
     def steered(self, b: Tensor, gains: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,7 +156,7 @@ def _nested(
     options: _Options,
     gains: Tensor,
 ) -> Tensor:
-    """Compute the operation for ``torch.nested`` tensors, which support little but products and sums.
+    """Compute :func:`dora_linear` for ``torch.nested`` tensors, which support little but products and sums.
 
     Gains scale the rows of the weights instead of the outputs, because the rows are few compared with the
     tokens.
@@ -172,7 +172,10 @@ def _nested(
 
 
 class _DoraLinear(torch.autograd.Function):
-    """The fused function. It also returns the product with A, since only inputs and outputs can be saved."""
+    """Autograd function of :func:`dora_linear`.
+
+    It also returns the product with A, because a backward can save only inputs and outputs.
+    """
 
     @staticmethod
     def forward(
@@ -239,7 +242,7 @@ class _DoraLinear(torch.autograd.Function):
 
 
 class _Wants(NamedTuple):
-    """Flags for the arguments of the function that require a gradient."""
+    """Flags that say which arguments of :class:`_DoraLinear` require a gradient."""
 
     x: bool
     mask: bool
@@ -253,7 +256,7 @@ class _Wants(NamedTuple):
 
 
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradient of every argument of forward."""
+    """Return the gradient of every argument of :class:`_DoraLinear`."""
     x, mask, down, out, weight, bias, a, b, gains, *made_of = ctx.saved_tensors
     options, wants = ctx.options, _Wants(*ctx.needs_input_grad)
     # In a double backward the saved tensors are not constants, and nothing may be written in place.
@@ -304,7 +307,10 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _input(ctx: Any, x: Tensor | None, made_of: list[Tensor]) -> Tensor | None:
-    """Return the input, saved or recomputed."""
+    """Return the input x in the backward: the saved tensor, or x computed again from ``made_of``.
+
+    Return None if no gradient needs x.
+    """
     if ctx.source is None:
         return x
     value: Tensor = ctx.source.value(made_of, torch.is_grad_enabled()).to(ctx.dtype)
@@ -330,7 +336,7 @@ def _scale(matrix: Tensor, gains: Tensor) -> None:
 
 
 def _before_gain(grad: Tensor, gains: Tensor, options: _Options, space: Tensor | None) -> Tensor:
-    """Return the gradient before the gain.
+    """Return the gradient of the output before it is multiplied by the gain: ``g ∘ grad``.
 
     Args:
         grad: The gradient of the output.

@@ -60,14 +60,14 @@ __all__ = [
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """Return the dtype of autocast on a kind of device, or None if autocast is off."""
+    """Return the dtype of autocast on a device type, or None if autocast is off."""
     if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 
 
 def _has_autocast(kind: str) -> bool:
-    """Return True if a kind of device has autocast. For the meta device, PyTorch's other queries raise."""
+    """Return True if a device type has autocast. For the meta device, PyTorch's other queries raise."""
     return torch.amp.is_autocast_available(kind)
 
 
@@ -163,7 +163,10 @@ def dropped_outer(grad: Tensor, x: Any, own: Any, seed: Tensor | None) -> Tensor
 
 
 def writable(out: Tensor) -> Tensor:
-    """Return the output of an operation, or a copy if selective checkpointing may keep the output itself."""
+    """Return a base output to which a branch may be added in place.
+
+    This is the output itself, or a copy if selective checkpointing may keep the output.
+    """
     if torch.compiler.is_compiling() or not torch_private.in_selective_checkpoint():
         return out
     return out.clone()
@@ -260,13 +263,13 @@ def _nested(
     tensors: Sequence[Tensor | None],
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Run operations on a nested tensor, which has few operations and no mask of bits."""
+    """Run linear operations with branches on a nested tensor, with plain operations and PyTorch's dropout."""
     masked = F.dropout(x, dropout) if dropout else x
     return _one_by_one(x, masked.to(dtype), options, tensors)
 
 
 class _Four(NamedTuple):
-    """A value for each tensor of an operation, in the order of :func:`applied`."""
+    """Values for the weight, the bias, A and B of one operation, such as tensors or flags."""
 
     weight: Any = None
     bias: Any = None
@@ -290,13 +293,13 @@ class _Operation(NamedTuple):
     kernel: Kernel | None
 
     def base(self, x: Tensor) -> Tensor:
-        """Compute the output without the branch."""
+        """Compute ``x Wᵀ + bias``, the output without the branch."""
         if self.kernel is None:
             return F.linear(x, self.weight, self.bias)
         return self.kernel.product(x, self.bias)
 
     def part(self, x: Tensor) -> Tensor:
-        """Return the outputs to which the branch is added."""
+        """Return the columns of an output matrix to which the branch is added."""
         return x if self.rows is None else x[:, self.rows[0] : self.rows[1]]
 
     def to_input(self, total: Tensor | None, grad: Tensor, exact: Tensor, again: bool) -> Tensor:
@@ -349,7 +352,10 @@ def _one_by_one(
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Operations with one input. The last output is the product with all A's, which the backward reads."""
+    """Autograd function of several linear operations with branches on one input.
+
+    The last output is the product with all A's, which the backward reads.
+    """
 
     @staticmethod
     def forward(
@@ -403,7 +409,7 @@ class _LoraLinears(torch.autograd.Function):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The common case: one operation without dropout over a dense weight, all in one dtype.
+    """Autograd function of the common case: one dense operation without dropout, all in one dtype.
 
     It has the arguments and the result of :class:`_LoraLinears`, with less Python. The products of a model
     push the interpreter out of the processor's caches, so that each line of Python costs time.
@@ -464,7 +470,10 @@ def _is_plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
 
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of all arguments of forward. Outputs that nothing reads have None as gradient."""
+    """Compute the gradients of all arguments of :class:`_LoraLinears`.
+
+    The gradient of an output that nothing reads is None.
+    """
     saved_x, mask, down, *tensors = ctx.saved_tensors
     operations, dtype = _operations(ctx.options, tensors), ctx.dtype
     wants_x, wanted = ctx.needs_input_grad[0], _in_fours(ctx.needs_input_grad[5:])
@@ -546,7 +555,7 @@ def _joined(operations: Sequence[_Operation], dtype: torch.dtype) -> Tensor:
 def _with_columns(
     operations: Sequence[_Operation], down: Tensor | None
 ) -> Iterator[tuple[_Operation, Any]]:
-    """Yield each operation with its columns of the product with all A's."""
+    """Yield each operation with its columns of ``down``, the product of x with all A's."""
     start = 0
     for operation in operations:
         rank = operation.a.shape[0]

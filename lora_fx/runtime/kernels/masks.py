@@ -74,7 +74,7 @@ def kept(dropout: Any) -> int:
         dropout: A probability.
 
     Raises:
-        ConfigError: If it is not a number from 0 to 1.
+        ConfigError: If ``dropout`` is not a number from 0 to 1.
     """
     if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ConfigError(
@@ -284,7 +284,7 @@ def _fake_planes(seed: Tensor, rows: int, columns: int, threshold: int) -> Tenso
 
 
 def _takes_planes(x: Tensor) -> bool:
-    """Return True if a mask is drawn for a compiler that targets a CPU."""
+    """Return True if the mask of a tensor is drawn as planes: in code that is compiled for a CPU."""
     return (
         torch.compiler.is_compiling()
         and not torch_private.in_export()
@@ -296,7 +296,7 @@ def _takes_planes(x: Tensor) -> bool:
 
 
 def _takes_seed(x: Tensor) -> bool:
-    """Return True if kernels draw and read the mask of a tensor."""
+    """Return True if the mask of a tensor is a seed, from which Triton kernels draw the bits."""
     return (
         not torch.compiler.is_compiling()
         and not transformed()
@@ -396,7 +396,10 @@ class _TimesPlanes(torch.autograd.Function):
 
 
 def _fits(x: Tensor) -> bool:
-    """Return True if the row size is divisible by 8 for all sizes that a compiler assumes."""
+    """Return True if each row of a tensor has a multiple of 8 elements, so that its mask can be planes.
+
+    Under a compiler, this holds for all sizes that the compiler assumes.
+    """
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(x.shape[-1] % 8 == 0)
@@ -451,7 +454,7 @@ def masked_again(x: Tensor, mask: Tensor, total: Tensor | None = None) -> Tensor
 
 
 def _few(x: Tensor) -> bool:
-    """Return True if drawing a number per element costs less than the extra calls for bits."""
+    """Return True for a small tensor, whose mask is drawn faster with a number per element than as bits."""
     return x.numel() < FEW
 
 

@@ -207,7 +207,7 @@ class Chain(Subgraph):
 
 
 def called(module: nn.Module, x: Tensor) -> Tensor:
-    """Return the output of a module."""
+    """Call a module and return its output. Graphs of chains call modules through this function."""
     out: Tensor = module(x)
     return out
 

@@ -57,7 +57,10 @@ _local = threading.local()
 
 
 def is_running() -> bool:
-    """Return True while the graph of a head runs. The graph contains the branches of its weight."""
+    """Return True while the graph of a head runs, whose reads of the adapted weight are correct.
+
+    The graph contains the branches of the weight, so that :mod:`lora_fx.runtime.watch` skips these reads.
+    """
     return getattr(_local, "running", 0) > 0
 
 
@@ -97,7 +100,10 @@ class Step(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Tensors that are read later, with their version counters. Nothing may write into them until then."""
+    """Tensors that a later computation reads, with their version counters.
+
+    Nothing may write into these tensors until then.
+    """
 
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
@@ -114,7 +120,7 @@ class Read(NamedTuple):
 
     @property
     def changed(self) -> bool:
-        """Return True if any of the tensors was written into."""
+        """Return True if any of the tensors was written into after it was recorded."""
         return any(
             torch_private.version_counter(tensor) != old
             for tensor, old in zip(self.tensors, self.versions, strict=True)
@@ -133,7 +139,7 @@ ROWS: Any = object()
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A loss of rows of the head's input.
+    """A cross entropy or NLL loss that is computed in chunks, from rows of the head's input.
 
     Attributes:
         steps: The operations on the rows, the head first.
@@ -170,7 +176,7 @@ class Job:
             yield slice(start, start + self.length)
 
     def of_rows(self, rows: Tensor, chunk: slice, operands: Sequence[Tensor]) -> Tensor:
-        """Return the loss of each row of a chunk, or their sum."""
+        """Run all steps on some rows of the head's input, and return the loss of each row, or their sum."""
         value = rows
         with running():
             for step in self.steps:
@@ -180,7 +186,10 @@ class Job:
             return self.function(value, self.target[chunk], reduction=reduction, **self.options)
 
     def count(self) -> Tensor | None:
-        """Return the divisor of a mean: the number of counted rows, or the sum of their weights."""
+        """Return the divisor of a mean; None for other reductions.
+
+        It is the number of rows whose target is not ignored, or the sum of the class weights of these rows.
+        """
         if self.reduction != "mean":
             return None
         counted = self.target != self.options["ignore_index"]
@@ -188,7 +197,7 @@ class Job:
         return counted.sum() if weight is None else weight[self.target[counted]].sum()
 
     def value(self, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        """Return the loss alone."""
+        """Compute the loss without gradients."""
         flat = x.reshape(-1, x.shape[-1])
         losses = [
             self.of_rows(flat[self.indices[chunk]], chunk, operands) for chunk in self.chunks()
@@ -279,7 +288,7 @@ class Job:
     def _start(
         self, loss: Tensor, chunk: slice, grad: Tensor | None, count: Tensor | None
     ) -> Tensor:
-        """Return the gradient of the loss of a chunk, from which its backward starts."""
+        """Return the gradient of the whole loss with respect to the loss of a chunk, to start a backward."""
         if self.reduction == "none":
             assert grad is not None
             return grad.reshape(-1)[chunk]

@@ -25,7 +25,7 @@ _ASKING = {
 
 
 class LazyHistory(torch.autograd.Function):
-    """Autograd history of a lazy tensor. Its backward runs only if code used the tensor as a computed one."""
+    """Autograd history of a lazy tensor. The backward runs only if code used the tensor as a computed one."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, make: Callable[[], Tensor], error: LoraFxError) -> Tensor:
@@ -38,13 +38,13 @@ class LazyHistory(torch.autograd.Function):
         """Raise, because the gradient of the lazy tensor would be lost.
 
         Raises:
-            LoraFxError: The error that forward has got.
+            LoraFxError: The ``error`` that was passed to :meth:`forward`.
         """
         raise ctx.error
 
 
 def reads_metadata(func: Any) -> bool:
-    """Return True if a function reads only metadata of a tensor, such as its shape."""
+    """Return True if a function needs no values of a lazy tensor, only metadata such as its shape."""
     if getattr(func, "__name__", "") == "__get__":
         return getattr(func.__self__, "__name__", "") in _FACTS
     return name_of(func) in _ASKING

@@ -45,7 +45,7 @@ _local = threading.local()
 
 
 def scoped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the forward of a rewritten model so that its heads compute no logits while it trains.
+    """Wrap the forward of a rewritten model so that heads return lazy logits in training.
 
     Args:
         forward: The unbound forward, which takes the module first.
@@ -352,7 +352,7 @@ def _wants(value: Any) -> bool:
 
 
 class _MadeBy(NamedTuple):
-    """The call of the operation that derived logits from other logits."""
+    """Recorded call of the operation that derived logits from other logits, to run it on computed logits."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -457,7 +457,7 @@ def _whole(values: Any) -> Any:
 
 
 def _check_not_taken(*values: Any) -> None:
-    """Refuse to return or to change the gradient of logits that a loss has computed in chunks.
+    """Raise if a value is logits whose loss was computed in chunks: they have no gradient to return.
 
     Raises:
         LogitsError: If any of the values are such logits.
@@ -471,7 +471,7 @@ def _check_not_taken(*values: Any) -> None:
 
 
 class Gone:
-    """A placeholder in the output for logits that were not kept. It raises when it is read.
+    """A placeholder in the output for logits that were not kept. Reading the placeholder raises.
 
     ``hasattr`` returns False for all attributes of a tensor, so that code which looks for tensors in an
     output skips it.
@@ -606,7 +606,10 @@ def _recorded(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
 
 
 def _computed(call: _Operation) -> _Form | None:
-    """Return the form after an elementwise operation whose other operand is the same for all rows."""
+    """Return the form after an elementwise operation, or None if a row does not suffice for its result.
+
+    The other operand has to be the same for all rows.
+    """
     if call.kwargs.keys() - {"alpha"} or not all(map(_is_number, call.kwargs.values())):
         return None
     operands = [
@@ -663,7 +666,7 @@ def _normalized(call: _Operation) -> _Form | None:
 
 
 def _reshaped(call: _Operation) -> _Form | None:
-    """Return the form after a reshape of the row axes.
+    """Return the form after a reshape of the row axes, or None if the reshape changes the class axis.
 
     Reshapes keep the order of elements, so that the classes stay together if the last axis keeps its size.
     """
@@ -693,7 +696,7 @@ def _permuted(call: _Operation) -> _Form | None:
 
 
 def _picked(call: _Operation) -> _Form | None:
-    """Return the form after rows were selected by their index on one axis."""
+    """Return the form after ``select`` or a slice of rows on one axis, or None if it selects classes."""
     form = call.form
     if not call.args or not isinstance(call.args[0], int) or call.kwargs:
         return None
@@ -713,7 +716,7 @@ def _is_every(index: Any, call: _Operation) -> bool:
 
 
 def _indexed(call: _Operation) -> _Form | None:
-    """Return the form after indexing that selects rows and no classes."""
+    """Return the form after indexing that selects rows, or None if the index selects classes."""
     form = call.form
     if form.axis != call.logits.dim() - 1 or call.kwargs or len(call.args) != 1:
         return None
@@ -759,7 +762,10 @@ _CASTS = {
 
 
 def _loss(call: _Operation) -> Tensor | None:
-    """Return the loss in chunks, or None if it needs all logits, as for class probabilities as targets."""
+    """Return a loss that computes its logits in chunks, or None if the loss needs all logits at once.
+
+    Class probabilities as targets, for example, need all logits.
+    """
     logits, form = call.logits, call.form
     words = _WORDS[call.function in (F.cross_entropy, F.nll_loss)].split()
     named: dict[str, Any] = {**dict(zip(words, call.args, strict=False)), **call.kwargs}

@@ -30,7 +30,10 @@ _around: ContextVar[_Contexts] = ContextVar("lora_fx_blocks", default=contextlib
 
 @contextlib.contextmanager
 def recomputing_in(context: _Contexts) -> Iterator[None]:
-    """Let the backward run blocks inside ``context``, because modes of the forward have ended by then."""
+    """Make the backward run blocks again inside of ``context``, while this context manager is active.
+
+    The modes of the forward, which ``context`` restores, have ended when the backward runs.
+    """
     token = _around.set(context)
     try:
         yield
@@ -88,7 +91,7 @@ def _contexts(replay: Replay, around: _Contexts) -> tuple[Any, Any]:
 
 
 class _Both:
-    """Context in which the backward runs a block again."""
+    """Context in which the backward runs a block again: a :class:`Replay` inside of another context."""
 
     def __init__(self, replay: Replay, around: _Contexts) -> None:
         self._replay, self._around = replay, around
@@ -113,7 +116,10 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _without_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the arguments with None for each empty cache, and then ``use_cache=False`` if it was passed."""
+    """Replace each empty cache of keys and values among the arguments by None.
+
+    If a keyword argument was such a cache, and ``use_cache`` was passed, ``use_cache`` becomes False.
+    """
 
     def emptied(value: Any) -> Any:
         length = getattr(value, "get_seq_length", None)

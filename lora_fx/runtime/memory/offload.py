@@ -37,7 +37,10 @@ _copier: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("lora_fx_hos
 
 @contextlib.contextmanager
 def simulated(copier: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Copy tensors of any device with ``copier``, so that a planner can count the memory of the copies."""
+    """Let a planner replace the copies to the host by ``copier``, for tensors of any device.
+
+    The planner counts the memory of the copies.
+    """
     token = _copier.set(copier)
     try:
         yield

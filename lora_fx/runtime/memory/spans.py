@@ -55,7 +55,7 @@ class Source:
         self._generators: tuple[Tensor, ...] | None = None
 
     def computing(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the module draws the same masks of lora_dropout each time.
+        """Return a context to compute the span in. In it, lora_dropout draws the same masks each time.
 
         Raises:
             ConfigError: If the argument was written into, or if tiles have drawn the masks.
@@ -79,7 +79,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Step:
-    """An operation on tokens, which are passed when it runs.
+    """Recorded operation of a span. The tokens are passed when the operation runs.
 
     Attributes:
         function: The operation.
@@ -142,7 +142,7 @@ class LazyTensor(Tensor):
 
     @property
     def waits(self) -> bool:
-        """Return True until the values of all tokens are computed."""
+        """Return True as long as the values of all tokens have not been computed."""
         return self._whole is None
 
     def whole(self) -> Tensor:
@@ -183,7 +183,7 @@ class LazyTensor(Tensor):
 
 
 def lazy_result(compute: Callable[[Tensor], Tensor], source: Source) -> LazyTensor | None:
-    """Return a lazy result of the first module of a span, or None if it has to be computed now.
+    """Return a lazy result of the first module of a span, or None if the result is needed at once.
 
     Args:
         compute: Function of tokens that returns the result. It is called with zero tokens, to get the shape

@@ -77,7 +77,7 @@ def tiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def called(forward: Callable[..., Any], module: nn.Module, name: str | None, x: Tensor) -> Any:
-    """Call a forward with one argument: by keyword if ``name`` is its name, by position if it is None."""
+    """Call a forward with one argument, by the keyword ``name``, or by position if ``name`` is None."""
     return forward(module, x) if name is None else forward(module, **{name: x})
 
 
@@ -105,7 +105,7 @@ def in_tiles(module: nn.Module, compute: Callable[[Tensor], Any], x: Tensor) -> 
 
 
 def fits(module: nn.Module, x: Any) -> bool:
-    """Return True if a call with this argument may run in tiles now. It has more tokens than a tile."""
+    """Return True if a call with this argument may run in tiles now, and has more tokens than a tile."""
     if not torch.is_grad_enabled() or _inside.get() or torch_private.has_global_hooks():
         return False
     plain = type(x) is Tensor and x.layout is torch.strided and x.dim() >= 2
@@ -125,13 +125,16 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_silent(part: nn.Module) -> bool:
-    """Return True if a part draws no random numbers, and has no hooks that would see tiles."""
+    """Return True if a module may run tile by tile: it has no active dropout, and no hooks that see tiles."""
     draws = part.training and getattr(part, "p", False) and "Dropout" in type(part).__name__
     return not (draws or any(getattr(part, name) for name in torch_private.MODULE_HOOKS))
 
 
 def _counts_tokens(module: nn.Module) -> bool:
-    """Return True if an adapter in a module has state, which depends on all tokens of a call."""
+    """Return True if a module must not run in tiles, because its adapter has state.
+
+    Training computes the state from all tokens of a call.
+    """
     return any(isinstance(part, AdapterState) for part in module.modules())
 
 
@@ -142,7 +145,10 @@ def draws(module: nn.Module) -> bool:
 
 
 class _UnfitError(Exception):
-    """Error for results of a tile that do not have its tokens. Planning has seen inputs of another size."""
+    """Error for a module that does not return one row for each token of a tile.
+
+    Planning checks modules with an input of another size, so this may first show in a call.
+    """
 
 
 class _Call:
@@ -175,7 +181,7 @@ class _Call:
         self.replay = Replay(module)
 
     def run(self, rows: Tensor, tile: slice, masks: TileMasks) -> list[Tensor]:
-        """Compute the results of a tile. Its input has as many axes as the argument of the call."""
+        """Compute the results of a tile. The module gets as many axes as in the call without tiles."""
         x = rows.reshape(*[1] * (len(self.shape) - 2), *rows.shape)
         token = _inside.set(True)
         try:

@@ -163,7 +163,8 @@ class KeptIndices(AdapterFactors):
 class AdapterState(AdapterFactors):
     """Buffers that training calls write into, one tensor for each adapter.
 
-    They are not trained. If the backward runs the module again, they have their values of the forward.
+    The buffers are not trained. While the backward runs the module again, they have the values that they had
+    in the forward.
     """
 
     def add(self, adapter: str, value: torch.Tensor) -> None:

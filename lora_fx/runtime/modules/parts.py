@@ -56,10 +56,12 @@ _AFTERWARDS = (
 
 
 def check_not_in_parts(x: Any) -> None:
-    """Raise if the input of a layer is a ``DTensor``, although it was not when the branch was fused.
+    """Raise if the input of a layer is a ``DTensor``, which the fused branch does not support.
+
+    The layer was parallelized after its branch was fused.
 
     Raises:
-        ConfigError: If it is a ``DTensor``.
+        ConfigError: If ``x`` is a ``DTensor``.
     """
     if is_in_parts(x):
         raise ConfigError(_AFTERWARDS)
@@ -252,7 +254,7 @@ def called_by_all(tensors: Iterable[Tensor], purpose: str, word: str = "") -> di
         The text of each rank, by rank.
 
     Raises:
-        ProcessError: If ranks are missing after the timeout of the process group. It names them.
+        ProcessError: If ranks are missing after the timeout of the process group. The message names them.
     """
     ranks = _holders(tensors)
     if len(ranks) < 2:

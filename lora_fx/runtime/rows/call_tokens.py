@@ -228,7 +228,7 @@ class _Closing:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any
     ) -> None:
-        """Close the call, record its tokens in its cache, and register hooks that set it in the backward."""
+        """Close the call, record the tokens in the cache of the call, and add hooks for the backward."""
         state = _threads.running
         if state.opened_by != id(module):
             return
@@ -260,7 +260,10 @@ def _ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _replay(call: _Call, _: Tensor) -> None:
-    """Set a call again for the rest of the running backward."""
+    """Make a call the running call again until the running backward ends.
+
+    A tensor hook calls this, because a checkpoint may run parts of the call again in the backward.
+    """
     state = _threads.running
     if state.call is not call and in_backward():
         before = state.call

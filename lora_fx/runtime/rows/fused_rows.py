@@ -91,7 +91,7 @@ class _Adapters(NamedTuple):
 
     @property
     def shared(self) -> float | None:
-        """Return the dropout probability of all adapters, or None if they differ."""
+        """Return the dropout probability if all adapters have the same, or None if they differ."""
         first = self.dropouts[0]
         return first if all(dropout == first for dropout in self.dropouts) else None
 
@@ -219,7 +219,7 @@ def _composed(
     options: _Adapters,
     drop: _Drop,
 ) -> Tensor:
-    """Compute the output with plain operations, none of which works in place.
+    """Compute :func:`lora_rows` with plain operations, none of which works in place.
 
     Args:
         x: [..., in].
@@ -253,7 +253,7 @@ class _Masks:
 
     @classmethod
     def drawn(cls, rows: Tensor, options: _Adapters, layout: Layout) -> _Masks:
-        """Draw the masks for the rows that adapters read."""
+        """Draw dropout masks for the rows of all adapters."""
         shared = options.shared
         if shared is not None:
             return cls((draw(rows, shared),) if shared else (), options, layout)
@@ -262,7 +262,7 @@ class _Masks:
         return cls([draw(rows, dropout) for rows, dropout in branches if dropout], options, layout)
 
     def factors(self, rows: Tensor) -> Sequence[Tensor | None]:
-        """Return the factors of the rows of each adapter that has rows, or None without dropout."""
+        """Return the masks (0 or 1) for the inputs of each adapter that has rows; None without dropout."""
         layout, options = self._layout, self._options
         if not self.bits:
             return [None] * len(layout.adapters)
@@ -281,7 +281,7 @@ def _computed(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """Return the output, the products with the A's, and the masks."""
+    """Compute the forward of :func:`lora_rows`: the output, the products with the A's, and the masks."""
     out = writable(options.base(x, weight, bias))
     total = flat(out)
     downs: list[Tensor] = []
@@ -354,7 +354,10 @@ class _LoraRows(torch.autograd.Function):
 
 
 class _Kept(NamedTuple):
-    """The saved tensors of a backward. Masks and products are those of the adapters that have rows."""
+    """Tensors that the forward saved for the backward.
+
+    Masks and products are only those of the adapters that have rows.
+    """
 
     x: Tensor | None
     weight: Tensor | None
@@ -376,7 +379,7 @@ def _kept(ctx: Any, again: bool) -> _Kept:
 
 
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradient of every argument of forward."""
+    """Compute the backward of :func:`lora_rows`: the gradient of every argument of its forward."""
     kept, layout, options = _kept(ctx, again=False), ctx.layout, ctx.options
     count, wanted = len(kept.a), ctx.needs_input_grad
     exact = flat(grad_out)
@@ -428,7 +431,7 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _to_input(weight: Tensor | None, options: _Adapters, grad: Tensor, exact: Tensor) -> Tensor:
-    """Return the base's gradient of x, [tokens, in], in the dtype of ``grad``.
+    """Return the gradient of x through the base product, [tokens, in], in the dtype of ``grad``.
 
     Args:
         weight: [out, in], or None with a kernel.
@@ -443,7 +446,7 @@ def _to_input(weight: Tensor | None, options: _Adapters, grad: Tensor, exact: Te
 
 
 def _again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients with an autograd history, for a second backward, from plain operations."""
+    """Return gradients that can be differentiated again, computed with plain operations."""
     kept, layout, options = _kept(ctx, again=True), ctx.layout, ctx.options
     if kept.x is None:
         raise LoraFxError(

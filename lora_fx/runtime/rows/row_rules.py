@@ -40,10 +40,10 @@ class Reader(Protocol):
     dtype: torch.dtype
 
     def read(self, tensor: Any) -> Tensor | None:
-        """Return the samples of each element, [channels, *shape]; None if no element has one."""
+        """Return the samples of each element, [channels, *shape]; None if no element has samples."""
 
     def note_position_by_values(self) -> None:
-        """Record that values of the batch decide the position of an element."""
+        """Record that values of the batch decide the position of an element, as in a sort."""
 
 
 Sets = Tensor | None
@@ -94,7 +94,7 @@ class Operation(NamedTuple):
         return self._replace(func=getattr(packet, torch_private.overload_name(self.func)))
 
     def results(self, rule: Rule) -> Sequence[Sets]:
-        """Return the samples of each result by a rule."""
+        """Apply a rule, and return the samples of each result."""
         sets = rule(self)
         return sets if isinstance(sets, list) else [sets] * len(self.outs)
 
@@ -132,7 +132,7 @@ def _aligned(sets: Tensor, dims: int) -> Tensor:
 
 
 def _over(sets: Tensor | None, dims: Sequence[int], keep: bool = True) -> Tensor | None:
-    """Return the union along axes of the tensor."""
+    """Return the union of samples along some axes of their tensor."""
     if sets is None or not dims:
         return sets
     count = sets.dim() - 1
@@ -144,7 +144,7 @@ def _all(sets: Tensor | None) -> Tensor | None:
 
 
 def _leading(sets: Tensor | None, dims: int) -> Tensor | None:
-    """Return the union over all but the first axis, for a result of ``dims`` dimensions."""
+    """Return the union over all but the first axis, shaped to broadcast to ``dims`` dimensions."""
     if sets is None or sets.dim() < 2:
         return sets
     if sets.dim() > 2:
@@ -156,12 +156,15 @@ def _leading(sets: Tensor | None, dims: int) -> Tensor | None:
 
 
 def _everything(op: Operation) -> Sets | list[Sets]:
-    """Give each result the samples of all arguments."""
+    """Give each result the samples of all arguments, the rule of operators that have no other rule."""
     return op.all_of(op.named.values())
 
 
 def _nothing(op: Operation) -> Sets | list[Sets]:
-    """Return None: the results do not depend on values (zeros of the same shape, random numbers)."""
+    """Return None for an operator whose results do not depend on values of its arguments.
+
+    Examples are zeros of the same shape and random numbers.
+    """
     return None
 
 
@@ -189,7 +192,10 @@ def _reduced(op: Operation) -> Sets | list[Sets]:
 
 
 def _along(op: Operation) -> Sets | list[Sets]:
-    """Return the union along the axes of an operator like softmax or sort, which may change their sizes."""
+    """Return the samples of an operator such as softmax or sort: the union along its axes.
+
+    The operator may change the sizes of these axes.
+    """
     dims = op.named.get("dim", -1)
     dims = [dims] if isinstance(dims, int) else list(dims)
     return _over(op.sets("self"), dims)
@@ -241,9 +247,9 @@ def _normalized(op: Operation) -> Sets | list[Sets]:
 
 
 def batch_normalized(op: Operation) -> Sets | list[Sets]:
-    """Give each output element the samples of its input element.
+    """Give each output element of a batch norm the samples of its input element.
 
-    In training, statistics of the batch depend on all samples. That is not counted as mixing them.
+    In training, the statistics depend on all samples, which does not count as mixing samples.
     """
     return [op.sets("input"), *[None] * (len(op.outs) - 1)]
 
@@ -274,7 +280,7 @@ def _embedded(op: Operation) -> Sets | list[Sets]:
 def _recurrent(op: Operation) -> Sets | list[Sets]:
     """Return the samples of a recurrent layer.
 
-    Its input is [time, sample, feature] or [sample, time, feature], its states are [.., sample, feature].
+    The input is [time, sample, feature] or [sample, time, feature]. The states are [.., sample, feature].
     """
     if op.named.get("batch_sizes"):
         return _everything(op)
@@ -348,7 +354,10 @@ def _called(func: Any, named: Mapping[str, Any]) -> Tensor:
 
 
 def _note_placed(reader: Reader, x: Any, indices: Mapping[int, Tensor]) -> None:
-    """Record it if indices that depend on the batch choose between elements of different samples."""
+    """Call ``note_position_by_values`` if indices from the batch choose between different samples.
+
+    Then values of the batch decide the sample of the chosen elements.
+    """
     sets = reader.read(x)
     if sets is None:
         return
@@ -374,7 +383,10 @@ def _where_empty(reader: Reader, sets: Sets, other: Sets) -> Sets:
 
 
 def _selected(op: Operation) -> Sets | list[Sets]:
-    """Return the samples of index_select and gather."""
+    """Return the samples of ``index_select`` and ``gather``: those of the selected elements.
+
+    For ``index_select``, elements without samples get the samples of their index.
+    """
     index, dim = op.named["index"], op.named["dim"]
     if not op.named["self"].dim():
         return _everything(op)
@@ -461,7 +473,7 @@ def _copied_to(source: str) -> Rule:
 
 
 def _data_dependent(op: Operation) -> Sets | list[Sets]:
-    """Return the samples of results whose shape depends on values."""
+    """Return the samples of results whose shape depends on values, such as those of ``nonzero``."""
     met = op.all_of(op.named.values())
     if met is not None:
         op.reader.note_position_by_values()
@@ -582,9 +594,9 @@ def rule_of(func: Any) -> Rule:
 
 
 def is_elementwise(func: Any) -> bool:
-    """Return True if an operator computes each element from the same element of its arguments, not at random.
+    """Return True if an operator computes each element from the same element of its arguments.
 
-    It does not write into its arguments, either.
+    The operator must not draw random numbers, or write into its arguments.
     """
     if torch.Tag.nondeterministic_seeded in func.tags or torch_private.schema_of(func).is_mutable:
         return False

@@ -82,7 +82,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
     # --- samples of tensors ---------------------------------------------------------------------------
 
     def read(self, tensor: Any) -> Tensor | None:
-        """Return the samples of each element, [channels, *shape]; None if no element has one."""
+        """Return the samples of each element, [channels, *shape]; None if no element has samples."""
         if not isinstance(tensor, Tensor):
             return None
         shadow = self._shadow(tensor)
@@ -112,7 +112,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         view.copy_(sets.reshape(len(sets), *[1] * (view.dim() - sets.dim()), *sets.shape[1:]))
 
     def enter(self, tensor: Tensor) -> None:
-        """Give the rows of an argument their samples if its first axis has the size of the batch."""
+        """Give each row of an argument its sample, if the argument's first axis has the size of the batch."""
         rows = tensor.shape[0] if tensor.dim() else 0
         self.begin_with.add(rows)
         if rows not in (self.samples, self.samples * self.repeats) or not tensor.stride(0):
@@ -123,7 +123,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         self.write(tensor, sets.reshape(2, rows, *[1] * (tensor.dim() - 1)))
 
     def note_position_by_values(self) -> None:
-        """Record that values of the batch decide the position of an element."""
+        """Record that values of the batch decide the position of an element, as in a sort."""
         self.by_values = True
 
     def _shadow(self, tensor: Tensor) -> _Shadow | None:
@@ -142,7 +142,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         return shadow
 
     def _open(self, shadow: _Shadow, tensor: Tensor) -> None:
-        """Allocate a shadow for a storage. For a large one, cover only the part that the tensor spans."""
+        """Allocate the shadow of a storage. A shadow of a large storage covers only what the tensor spans."""
         shadow.size = tensor.element_size()
         total = tensor.untyped_storage().nbytes() // shadow.size
         start = int(tensor.storage_offset())
@@ -285,7 +285,10 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             self.by_values = True
 
     def _settled(self, sets: Tensor | None, name: str) -> Tensor | None:
-        """Check presumed samples against the result of an operator, and return the updated samples."""
+        """Refuse a result in which a presumed sample meets other samples. Return the updated samples.
+
+        An element with computed samples loses its presumed sample.
+        """
         if sets is None:
             return None
         if not self.mixed_by and bool(_mixed(sets, self.empty).any()):
@@ -313,7 +316,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             weight: Name of the adapted weight in the module that is running.
 
         Raises:
-            ConfigError: If its first axis does not have the samples in their order.
+            ConfigError: If the first axis of ``x`` does not have the samples in their order.
         """
         try:
             self._check_site(x, weight)
@@ -361,7 +364,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         return bool((fits | (by_row == self.empty).all(0)).all())
 
     def presume(self, total: Tensor, weight: str) -> None:
-        """Give the rows of a site's output the samples in order. They are presumed if the input had none."""
+        """Give the rows of a site's output the samples in order: presumed samples if the input had none."""
         with torch_private.disable_dispatch_modes(), torch.no_grad():
             sets = self.read(total)
             numbers = torch.arange(self.samples, device=total.device, dtype=self.dtype)
@@ -384,7 +387,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             self.write(total, torch.cat([own, taken]))
 
     def _by_sample(self, sets: Tensor) -> Tensor:
-        """Return the union over the rows of each sample, [channels, samples]."""
+        """Return the union over the rows of each sample, [channels, samples], of ``sets`` by row."""
         return sets.reshape(len(sets), self.samples, -1).amin(2)
 
     def check_results(self, results: Any) -> None:
@@ -466,7 +469,10 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
 
 
 def caller(model: nn.Module, weight: str) -> str:
-    """Return the FQN of a weight from its name in the innermost running module of the model."""
+    """Return the FQN of a weight for a message.
+
+    ``weight`` is its name in the innermost running module of the model.
+    """
     names = {id(module): name for name, module in model.named_modules()}
     frame: FrameType | None = sys._getframe(1)
     fqn: str | None = None

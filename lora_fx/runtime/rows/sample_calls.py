@@ -63,12 +63,14 @@ def ignore_ids(model: nn.Module) -> None:
 
 
 def _takes_ids(model: nn.Module) -> bool:
-    """Return True if ``adapter_ids`` is ours: the model's own forward has no such parameter."""
+    """Return True if lora-fx may take ``adapter_ids``: the model's own forward has no such parameter."""
     return IDS not in inspect.signature(model.forward).parameters
 
 
 def refuse_ids(model: nn.Module) -> None:
-    """Raise for an ``adapter_ids`` that no hook has consumed: ``**kwargs`` of a model would swallow it.
+    """Raise if a call passes ``adapter_ids`` that no hook has removed.
+
+    The ``**kwargs`` of a model would ignore them.
 
     Raises:
         ConfigError: If the model's own forward has no such parameter.
@@ -111,7 +113,7 @@ def entered(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Entry:
-    """Forward pre-hook that opens a call."""
+    """Forward pre-hook that opens a call of a model with one adapter per sample."""
 
     def __init__(self, name: str, model: nn.Module, table: SampleRows) -> None:
         self.name, self.model, self.table = name, model, table
@@ -171,7 +173,7 @@ class _Entry:
             raise
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Trust a call of a known form, and follow any other call."""
+        """Begin a call. A call of a known form runs without a follower, any other call is followed."""
         table, thread = self.table, self.table.thread
         if thread.alike:
             thread.state = CallState.FOLDED
@@ -281,18 +283,18 @@ class _Entry:
 
 
 class _Exit:
-    """Forward hook that closes a call, also after an error."""
+    """Forward hook that closes the call that :class:`_Entry` has opened, also after an error."""
 
     def __init__(self, entry: _Entry) -> None:
         self.entry = entry
 
     def __call__(self, _: nn.Module, __: Any, ___: Any, results: Any) -> None:
-        """Close the call."""
+        """Close the call, and check its results if the call was followed."""
         self.entry.close(results)
 
 
 def _named(ids: Any, table: SampleRows) -> list[str | None]:
-    """Return the adapter names of a call, whose ids are names or indices into the active adapters.
+    """Convert ``adapter_ids`` to adapter names. An id is a name, or an index into the active adapters.
 
     Raises:
         ConfigError: If an id is neither, or the call is being compiled.

@@ -56,7 +56,7 @@ _T = TypeVar("_T")
 
 
 class CallState(enum.Enum):
-    """The running call of a thread, by how its rows belong to samples.
+    """State of the running call of a thread: the relation between rows and samples.
 
     Attributes:
         CLOSED: No call is running.
@@ -266,7 +266,10 @@ class SampleRows(AdapterModule):
         self.settle()
 
     def settle(self) -> None:
-        """Drop the samples that a call or a backward set in this thread, and restore those of the blocks."""
+        """Drop the samples that a call or a backward set in this thread.
+
+        Restore the samples that the enclosing ``with`` blocks have assigned.
+        """
         self.reassign(Assigned() if self.thread.shared else self.of_blocks())
 
     def of_blocks(self) -> Assigned:
@@ -512,7 +515,10 @@ def put_rows(
 
 
 def _led_by(x: Tensor, axis: int, least: int, weight: str) -> tuple[Tensor, int]:
-    """Return a view whose first axis is that of the samples, and the original axis."""
+    """Move the axis of the samples to the front. Return the view, and the former position of the axis.
+
+    Raise if the activation has no axis of samples.
+    """
     if x.dim() < least:
         raise ConfigError(
             f"{weight}: an activation of shape {tuple(x.shape)} has no dimension of samples, only those that "
@@ -616,7 +622,7 @@ def like_rows(result: Tensor, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def unfollowed() -> Iterator[None]:
-    """Pause the follower of the running call, if there is one."""
+    """Pause the follower of the running call inside of the block, if there is a follower."""
     follower = _following.followers[-1] if _following.followers else None
     if follower is not None:
         follower.paused = True
