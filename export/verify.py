@@ -754,7 +754,9 @@ class _RowsReference:
 
     def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
         arguments = (*args, *kwargs.values())
-        return _select_rows(self._each(arguments, lambda reference: reference.run(call, *args, **kwargs)))
+        return _select_rows(
+            self._each(arguments, lambda reference: reference.run(call, *args, **kwargs))
+        )
 
     def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
         outputs = self._each(tensors, lambda reference: reference.narrow(tensors))

@@ -148,15 +148,15 @@ def canonical(given: Operands) -> Tensor:
 def _decomposed(given: Operands, out: Tensor, down: Tensor) -> Tensor:
     gains = given.gains
     constant = gains if given.again or given.rows is not None else dora.held(gains)
-    steered = dora.steered(given.b, constant, given.scale).type_as(out)
+    scaled_b = dora.scaled_b(given.b, constant, given.scale).type_as(out)
     if given.rows is not None:
-        up = _padded(F.linear(down, steered), given, out)
+        up = _padded(F.linear(down, scaled_b), given, out)
         gains = _padded(gains, given, out, 1.0)
         if given.bias is not None:
             up = up + dora.shifted(given.bias, gains, out)
         return dora.rescaled(out, None, up, gains)
     shift = None if given.bias is None else dora.shifted(given.bias, constant, out)
-    up = F.linear(down, steered, shift)
+    up = F.linear(down, scaled_b, shift)
     if given.again:
         return dora.recomputed(out, up, gains, given.x, given.weight, given.bias)
     return dora.rescaled(out, None, up, gains, constant, given.bias)

@@ -32,12 +32,12 @@ __all__ = [
     "Attention",
     "Mask",
     "bias_of",
-    "read_range",
     "drop_nan_guards",
     "find_attention",
     "group_heads",
     "mask_rows_once",
     "read_mask",
+    "read_range",
 ]
 
 # --- masks ----------------------------------------------------------------------------------------

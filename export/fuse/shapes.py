@@ -90,7 +90,9 @@ def index_all(model: ir.Model, node: ir.Node) -> bool:
     return True
 
 
-def _read_expanded_range(value: ir.Value | None) -> tuple[Size | None, tuple[Size | None, ...]] | None:
+def _read_expanded_range(
+    value: ir.Value | None,
+) -> tuple[Size | None, tuple[Size | None, ...]] | None:
     """Read indices as ``expand(range(0, end))``, for :func:`index_all`.
 
     Returns:

@@ -49,7 +49,7 @@ class Dora(AdapterKind):
     trains = "a trained magnitude (DoRA)"
     depends = "the norms of DoRA (use_dora) are those of the base weights"
     constants: tuple[Any, ...] = (dora.gain,)
-    handed: tuple[Any, ...] = (dora.gain, dora.steered)
+    handed: tuple[Any, ...] = (dora.gain, dora.scaled_b)
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias
@@ -100,7 +100,7 @@ class Dora(AdapterKind):
     def factor_b(self, build: OutputBuilder) -> fx.Node:
         """Write B, scaled and multiplied by the gain."""
         factor = build.factor("b")
-        factor = build.call(Role.SCALE, dora.steered, factor, self._constant(build), build.scale)
+        factor = build.call(Role.SCALE, dora.scaled_b, factor, self._constant(build), build.scale)
         return build.cast(factor)
 
     def branch_bias(self, build: OutputBuilder) -> fx.Node | None:

@@ -167,7 +167,7 @@ class EffectiveWeight(torch.Tensor):
             result = weight.change.product(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        elif _turns(func, args) and (turned := args[0].change.turned()) is not None:
+        elif _is_transpose(func, args) and (turned := args[0].change.turned()) is not None:
             with torch.set_grad_enabled(args[0].requires_grad):
                 return _made(turned, args[0].base)
         elif func in _READ_OUT:
@@ -332,7 +332,7 @@ _TURNS = frozenset(
 _SWAPS = frozenset((torch.transpose, torch.Tensor.transpose))
 
 
-def _turns(func: Any, args: Sequence[Any]) -> bool:
+def _is_transpose(func: Any, args: Sequence[Any]) -> bool:
     """Return True if this call transposes a matrix, so that :meth:`Change.turned` can replace the values."""
     if func not in _TURNS and func not in _SWAPS:
         return False

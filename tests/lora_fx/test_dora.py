@@ -154,7 +154,7 @@ def layer(gains, x, s, weight, bias, b, how: str):
     base = F.linear(x, weight, bias)
     constant = dora.held(gains) if how == "output" else gains
     shift = None if bias is None else dora.shifted(bias, constant, base)
-    up = F.linear(s, dora.steered(b, constant, 2.0), shift)
+    up = F.linear(s, dora.scaled_b(b, constant, 2.0), shift)
     if how == "again":
         return dora.recomputed(base, up, gains, x, weight, bias)
     if how == "output":

@@ -41,7 +41,7 @@ __all__ = [
     "recomputed",
     "rescaled",
     "shifted",
-    "steered",
+    "scaled_b",
     "times_gains",
     "weight_norm",
 ]
@@ -334,7 +334,7 @@ def divisible(gains: Tensor) -> bool:
     return gains.is_meta or not gains.numel() or not bool(gains.detach().abs().min() < _SMALLEST)
 
 
-def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
+def scaled_b(b: Tensor, gains: Tensor, scale: float) -> Tensor:
     """Return ``s · g ∘ B``. Scaling B costs less than scaling the output of the branch.
 
     Args:

@@ -118,7 +118,7 @@ class _Options(NamedTuple):
         """Return the rows of a weight, or the elements of a bias, for the outputs that have the branch."""
         return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
 
-    def steered(self, b: Tensor, gains: Tensor, dtype: torch.dtype) -> Tensor:
+    def scaled_b(self, b: Tensor, gains: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``s · g ∘ B``. Scaling B costs less than scaling the output of the branch."""
         return (b * (gains * self.scale)[:, None]).to(dtype)
 
@@ -137,7 +137,7 @@ def _plain(
     own = x if mask is None else masked(x, mask)
     base = F.linear(x, weight, bias)
     part = base if options.rows is None else base[..., options.rows[0] : options.rows[1]]
-    up = F.linear(F.linear(own, a.to(x.dtype)), options.steered(b, gains, x.dtype))
+    up = F.linear(F.linear(own, a.to(x.dtype)), options.scaled_b(b, gains, x.dtype))
     if bias is not None:
         up = up + ((1 - gains) * options.own(bias)).to(x.dtype)
     change = torch.addcmul(up, part, (gains - 1).to(x.dtype))
@@ -162,7 +162,7 @@ def _nested(
     tokens.
     """
     out = F.linear(x, weight, bias)
-    turned = options.steered(b, gains, out.dtype)
+    turned = options.scaled_b(b, gains, out.dtype)
     change = (options.own(weight) * (gains - 1)[:, None]).to(weight.dtype)
     if options.rows is not None:
         padding = (0, 0, options.rows[0], weight.shape[0] - options.rows[1])
@@ -197,7 +197,7 @@ class _DoraLinear(torch.autograd.Function):
         _scale(mine, gains)
         if bias is not None:
             mine.add_(((1 - gains) * options.own(bias)).to(x.dtype))
-        mine.addmm_(down, options.steered(b, gains, x.dtype).T)
+        mine.addmm_(down, options.scaled_b(b, gains, x.dtype).T)
         # As in lora_fx.runtime.kernels.fused_lora: callers cannot write in place into a view that a function
         # returns.
         return torch_private.UNSAFE_VIEW(out, out.shape), down
@@ -291,12 +291,12 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         product = base * part if again else base.mul_(part)
         grad_gains = product.sum(0, dtype=gains.dtype) + (crossed * b).sum(1)
     if wants.a or wants.x:
-        inner = part @ options.steered(b, gains, grad.dtype)
+        inner = part @ options.scaled_b(b, gains, grad.dtype)
         if wants.a:
             grad_a = dropped_outer(inner, x, masked, seed).to(a.dtype)
     if wants.x or wants.weight:
         # Reuse the memory of the product: on a CPU an allocation costs more than the computation.
-        scaled = _before_gain(grad, gains, options, None if again else product)
+        scaled = _times_gain(grad, gains, options, None if again else product)
         if wants.weight:
             grad_weight = scaled.T @ flat(_known(x))
         if wants.x:
@@ -335,7 +335,7 @@ def _scale(matrix: Tensor, gains: Tensor) -> None:
         matrix.addcmul_(matrix, (gains - 1).to(matrix.dtype))
 
 
-def _before_gain(grad: Tensor, gains: Tensor, options: _Options, space: Tensor | None) -> Tensor:
+def _times_gain(grad: Tensor, gains: Tensor, options: _Options, space: Tensor | None) -> Tensor:
     """Return the gradient of the output before it is multiplied by the gain: ``g ∘ grad``.
 
     Args:

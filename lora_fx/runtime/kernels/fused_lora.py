@@ -268,7 +268,7 @@ def _nested(
     return _one_by_one(x, masked.to(dtype), options, tensors)
 
 
-class _Four(NamedTuple):
+class _OperationTensors(NamedTuple):
     """Values for the weight, the bias, A and B of one operation, such as tensors or flags."""
 
     weight: Any = None
@@ -277,8 +277,8 @@ class _Four(NamedTuple):
     b: Any = None
 
 
-def _in_fours(values: Sequence[Any]) -> list[_Four]:
-    return [_Four(*values[start : start + 4]) for start in range(0, len(values), 4)]
+def _in_fours(values: Sequence[Any]) -> list[_OperationTensors]:
+    return [_OperationTensors(*values[start : start + 4]) for start in range(0, len(values), 4)]
 
 
 class _Operation(NamedTuple):
@@ -494,7 +494,7 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if seed is None and (wants_a or (again and wants_x and any(four.b for four in wanted))):
         own = _masked(x, factor, planes)
         down = own @ joined.T if again else down
-    gradients: list[_Four] = []
+    gradients: list[_OperationTensors] = []
     inner, grad_x = [], None
     for (operation, own_down), wants, output_grad in zip(
         _with_columns(operations, down), wanted, grads[:-1], strict=True
@@ -502,14 +502,14 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if output_grad is None:
             shape = (some_grad.numel() // some_grad.shape[-1], operation.a.shape[0])
             inner.append(some_grad.new_zeros(shape, dtype=dtype))
-            gradients.append(_Four())
+            gradients.append(_OperationTensors())
             continue
         grad = flat(output_grad).to(dtype)
         part = operation.part(grad)
         inner.append((part @ operation.b.to(dtype)).mul(operation.scale))
         grad_b = (part.T @ own_down).mul(operation.scale) if wants.b else None
         gradients.append(
-            _Four(
+            _OperationTensors(
                 weight=grad.T @ flat(x) if wants.weight else None,
                 bias=grad.sum(0) if wants.bias else None,
                 b=None if grad_b is None else grad_b.to(operation.b.dtype),

@@ -87,10 +87,10 @@ def _checkpointed(
 
 
 def _contexts(replay: Replay, around: _Contexts) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _Both(replay, around)
+    return contextlib.nullcontext(), _BackwardContext(replay, around)
 
 
-class _Both:
+class _BackwardContext:
     """Context in which the backward runs a block again: a :class:`Replay` inside of another context."""
 
     def __init__(self, replay: Replay, around: _Contexts) -> None:

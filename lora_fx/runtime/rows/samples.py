@@ -455,7 +455,7 @@ def select_rows(
     Raises:
         ConfigError: If the axis is not the axis of the samples.
     """
-    x, axis = _led_by(x, axis, least, weight)
+    x, axis = _samples_first(x, axis, least, weight)
     if state is CallState.FOLLOWED:
         _following.followers[-1].check_site(x, weight)
     selected = x.index_select(0, _expanded(x, rows, samples, repeats, state))
@@ -486,7 +486,7 @@ def add_rows(
         axis: The axis of the samples, see :func:`select_rows`.
         least: Least number of dimensions, see :func:`select_rows`.
     """
-    led, axis = _led_by(total, axis, least, weight)
+    led, axis = _samples_first(total, axis, least, weight)
     delta = delta.movedim(axis, 0) if axis else delta
     result = led.index_add_(0, _expanded(led, rows, samples, repeats, state), delta)
     if state is CallState.FOLLOWED:
@@ -506,7 +506,7 @@ def put_rows(
     least: int = 0,
 ) -> Tensor:
     """Replace the rows of some samples by ``values``, in place. Arguments are those of :func:`add_rows`."""
-    led, axis = _led_by(total, axis, least, weight)
+    led, axis = _samples_first(total, axis, least, weight)
     values = values.movedim(axis, 0) if axis else values
     result = led.index_copy_(0, _expanded(led, rows, samples, repeats, state), values)
     if state is CallState.FOLLOWED:
@@ -514,7 +514,7 @@ def put_rows(
     return result.movedim(0, axis) if axis else result
 
 
-def _led_by(x: Tensor, axis: int, least: int, weight: str) -> tuple[Tensor, int]:
+def _samples_first(x: Tensor, axis: int, least: int, weight: str) -> tuple[Tensor, int]:
     """Move the axis of the samples to the front. Return the view, and the former position of the axis.
 
     Raise if the activation has no axis of samples.
