@@ -157,14 +157,14 @@ def plan(
 ) -> Plan:
     """Return a plan of what :func:`rewrite` would do, with reasons, costs and advice.
 
-    It is a dry run: nothing is changed. With ``budget``, the plan's ``config`` has the ranks to use.
+    The model is not changed. With ``budget``, the plan's ``config`` has the ranks to use.
 
     Args:
         model: Any module that is not rewritten yet.
         config: The configuration of the adapter.
         example_inputs: As for :func:`capture`; with them, more operations can be matched. The plan then also
             has the activation memory of a training step with inputs of their shapes, for each ``memory=`` of
-            :func:`rewrite`. It is counted without computing anything.
+            :func:`rewrite`. This memory is counted without running the model.
         memory: As for :func:`rewrite`. With "least" the plan lists the blocks that are recomputed and the
             modules that run in tiles, and the reasons why others do not.
         loss: As for :func:`rewrite`. With "chunked" the plan lists the heads that can use it, and the reasons
@@ -296,8 +296,9 @@ def rewrite(
         example_inputs: As for :func:`capture`. With them the result is checked against the model.
         adapter_name: Name of the adapter.
         optimize: True to run the passes that make training cheaper (:mod:`lora_fx.passes.optimize.fuse`).
-            Without them the graphs have the canonical form, ``x -> dropout -> A -> B -> scale -> add``. The
-            two forms draw different random numbers for dropout.
+            Without these passes the graphs have the canonical form,
+            ``x -> dropout -> A -> B -> scale -> add``. The two forms draw different random numbers for
+            dropout.
         memory: The activations that a training step keeps for its backward. "fast" keeps the input of each
             product. "balanced" recomputes the outputs of norms, activations and gated products from their
             inputs, which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`). Square layers with

@@ -33,7 +33,7 @@ _PLUGINS = "axolotl.integrations.base"
 
 
 def __getattr__(name: str) -> Any:
-    """Return the plugin, whose base is a class of axolotl."""
+    """Create the plugin class on first use, because its base class belongs to axolotl."""
     if name == "LoraFxPlugin":
         return _plugin_class()
     raise AttributeError(f"lora_fx.axolotl has no {name}")
@@ -52,7 +52,7 @@ class _Rewrites:
     """
 
     def get_adapter_capabilities(self) -> list[Any]:
-        """Return the name under which axolotl knows the adapter."""
+        """Return the name and the properties of the adapter, for which axolotl asks its plugins."""
         capabilities = load_optional(
             _PLUGINS, "LoraFxPlugin", "axolotl", attribute="AdapterCapabilities"
         )

@@ -144,7 +144,7 @@ def convert(
 
     Args:
         model: The base; it may be on the meta device.
-        adapter: The adapter.
+        adapter: An adapter of another method, with its change of each weight.
         before: The weights of the base.
         choice: The rule for the ranks.
         options: Other arguments of :func:`lora_fx.extraction.extract`.
@@ -169,7 +169,7 @@ def convert(
 
 
 class _Values:
-    """The values of a base before and after an adapter, in fp64 where the adapter changes them.
+    """The values of a base before and after an adapter. Values that the adapter changes are in fp64.
 
     In the dtype of the weights, rounding errors would give the difference full rank.
     """
@@ -184,7 +184,7 @@ class _Values:
         self._last: tuple[str, Tensor | None] = ("", None)
 
     def before(self, name: str) -> Tensor | None:
-        """Return the value of a parameter in the base."""
+        """Return the value of a parameter in the base; None if the base has no such parameter."""
         if self._last[0] != name:
             value = self._base(name)
             if name in self._changes and value is not None:
@@ -193,7 +193,10 @@ class _Values:
         return self._last[1]
 
     def after(self, name: str) -> Tensor | None:
-        """Return the value with the adapter; the same object if the adapter does not change it."""
+        """Return the value of a parameter with the adapter applied; None if there is no such parameter.
+
+        If the adapter does not change the parameter, the result is the object that :meth:`before` returns.
+        """
         if name in self._whole:
             return self._whole[name]
         value = self.before(name)
@@ -206,7 +209,9 @@ class _Values:
 def _by_name(
     model: nn.Module, adapter: ForeignAdapter
 ) -> tuple[dict[str, ParameterChange], dict[str, Tensor]]:
-    """Return the changes and the values stored in full, each under every name of its parameter.
+    """Return an adapter's changes of parameters, and the values that it stores in full, by name.
+
+    A parameter that has several names is listed under each name.
 
     Raises:
         ConfigError: If a parameter has several names and the adapter changes only some of them, or gives them
@@ -232,7 +237,7 @@ def _by_name(
 def _whole_by_name(
     model: nn.Module, adapter: ForeignAdapter, names: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
-    """Return the values that an adapter stores in full, each under every name of its parameter.
+    """Return the values that an adapter stores in full, by all names of each parameter.
 
     Args:
         model: The base.
@@ -261,7 +266,7 @@ def _whole_by_name(
 
 
 def _shared(adapter: ForeignAdapter, names: Sequence[str], problem: str) -> ConfigError:
-    """Return an error about a parameter that has several names."""
+    """Return the error for an adapter that does not treat all names of a shared parameter alike."""
     return ConfigError(
         f"{' and '.join(names)} are one parameter, and the adapter of {adapter.method} {problem}: give a "
         "model that does not share it (tie_word_embeddings=False in the configuration of a model of "

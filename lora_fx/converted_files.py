@@ -67,11 +67,11 @@ class ConvertedFiles(WeightFiles):
 
     @property
     def names(self) -> Iterable[str]:
-        """Names of parameters in the model. A tensor that transformers does not map keeps its name."""
+        """The parameters in the files, by their names in the model. Unmapped tensors keep their names."""
         return self._sources.keys()
 
     def stored_name(self, name: str) -> str | None:
-        """Return the name of a parameter in the files; None if it is missing or made of other tensors."""
+        """Return the name of a parameter that the files store unconverted; None for any other parameter."""
         sources = self._sources.get(name, ())
         if len(sources) != 1 or self._patterns[sources[0]] is not None:
             return None
@@ -85,8 +85,8 @@ class ConvertedFiles(WeightFiles):
         """Split a parameter into the tensors of :meth:`parts`, as transformers does on saving.
 
         Args:
-            name: Its FQN.
-            values: Its values, or a tensor of its shape on the meta device.
+            name: FQN of the parameter.
+            values: The values of the parameter, or a tensor of this shape on the meta device.
 
         Returns:
             The tensors by their names in the files. They may be views.
@@ -146,7 +146,8 @@ def converted(
     Args:
         converter: The conversion; it is not changed.
         key: The name of the parameter.
-        loads: For each tensor, its pattern in the conversion and a function that reads it, by its name.
+        loads: For each stored tensor, by name: its pattern in the conversion, and a function that reads the
+            tensor.
         model: A model of transformers.
     """
     return _convert(converter, key, loads, model)[key]
@@ -155,7 +156,10 @@ def converted(
 def _convert(
     converter: Any, key: str, loads: Mapping[str, tuple[str | None, Any]], model: Any
 ) -> dict[str, torch.Tensor]:
-    """Return all results of a conversion; see :func:`converted`. ``loads`` may also hold tensors."""
+    """Return all tensors that a conversion of transformers computes, by name.
+
+    The arguments are those of :func:`converted`. ``loads`` may also hold tensors instead of functions.
+    """
     own = copy.deepcopy(converter)
     for name, (pattern, load) in loads.items():
         own.add_tensor(key, name, pattern, load)
@@ -174,14 +178,14 @@ def _conversions(model: Any) -> tuple[Any, list[Any]]:
 
 
 class FormerNames:
-    """The names of a model's parameters in checkpoints, which transformers converts on loading.
+    """The names that the parameters of a model have in checkpoints, before transformers converts them.
 
     Names and modules of earlier versions of transformers are among them. A parameter that is joined from
     several tensors has the names of all of them.
 
     Attributes:
-        groups: For each stored tensor that is converted, by name, the group that it belongs to: the
-            parameters that are made of it, and all tensors that these are made of.
+        groups: The conversion that reads a stored tensor, by the name of the tensor. A conversion has several
+            parameters and all tensors that they are made of.
     """
 
     def __init__(self, model: Any) -> None:
@@ -212,7 +216,7 @@ class FormerNames:
         self._known: dict[str, object] = {**self._state, **self.groups}
 
     def renamed(self, name: str) -> str:
-        """Return the name of a checkpoint's tensor in the model or, if it is converted, in ``groups``."""
+        """Return the model's name for a checkpoint's tensor; if it is converted, its key in ``groups``."""
         from transformers.core_model_loading import rename_source_key
 
         target, _ = rename_source_key(
@@ -222,12 +226,12 @@ class FormerNames:
 
 
 class ConvertedGroup:
-    """Parameters of a model of transformers, and the tensors of a checkpoint that they are made of."""
+    """The parameters that one conversion of transformers makes, and the stored tensors that it reads."""
 
     def __init__(
         self, model: Any, target: str, converter: Any, patterns: Mapping[str, str]
     ) -> None:
-        """Keep the conversion.
+        """Store the conversion that turns the parameters back into stored tensors.
 
         Args:
             model: The model.
@@ -248,7 +252,7 @@ class ConvertedGroup:
         return id(self._converter), tuple(tuple(shapes[name]) for name in self._patterns)
 
     def parts(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors of the checkpoint, by name, for values of the parameters.
+        """Convert values of the parameters back to stored tensors, by the names of the tensors.
 
         Returns:
             The tensors; empty if the conversion cannot be undone.
@@ -260,7 +264,7 @@ class ConvertedGroup:
             return {}
 
     def shapes(self, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the tensors, by name, for shapes of the parameters."""
+        """Return the shapes of the stored tensors, by name, if the parameters have these shapes."""
         import torch
 
         empty = {name: torch.empty(shapes[name], device="meta") for name in self._patterns}

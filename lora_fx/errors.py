@@ -55,7 +55,7 @@ def hint(
 
 
 def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
-    """Return the first names as text, with the number of further names."""
+    """Return the first names as text, followed by "and N more" if there are more than ``most``."""
     joint = " " if between == ", " else between
     more = f"{joint}and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more

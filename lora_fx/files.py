@@ -96,7 +96,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, whose file replaces ``path`` on success.
 
     Args:
-        path: The final path. An existing file stays unchanged until then, and also after an error.
+        path: The final path. An existing file stays unchanged until the context ends, and also after an
+            error.
     """
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -203,7 +204,7 @@ def _runs(process: int) -> bool:
 
 
 def _place(staged: Path, folder: Path, kept: Path) -> None:
-    """Move every file of ``staged`` into ``folder``: all of them, or none."""
+    """Move all files of ``staged`` into ``folder``, or none. ``kept`` gets the files that they replace."""
     kept.mkdir()
     waiting = folder / staged.parent.name.replace(_SAVING, _PLACING)
     names = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if path.is_file()]
@@ -237,7 +238,7 @@ def _same(path: Path, other: Path) -> bool:
 
 
 def _keep(path: Path, copy: Path) -> None:
-    """Create a hard link to a file, or a copy if the file system has no links."""
+    """Keep a file as a hard link at ``copy``, or as a copy if the file system has no links."""
     try:
         os.link(path, copy)
     except OSError:
@@ -251,8 +252,8 @@ class StoredHead(NamedTuple):
     """The description of a tensor in the header of a file.
 
     Attributes:
-        shape: Its shape.
-        dtype: The name of its dtype in safetensors, as ``BF16``.
+        shape: Shape of the tensor.
+        dtype: The name of the dtype in safetensors, as ``BF16``.
     """
 
     shape: tuple[int, ...]
@@ -260,13 +261,13 @@ class StoredHead(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """The size of an element in bits. All names of dtypes contain it, as ``F8_E4M3``, except ``BOOL``."""
+        """The size of an element in bits, from the name of the dtype, as ``F8_E4M3``; 8 for ``BOOL``."""
         digits = re.search(r"\d+", self.dtype)
         return 8 if digits is None else int(digits[0])
 
     @property
     def nbytes(self) -> int:
-        """The size in bytes."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.bits // 8
 
 
@@ -278,7 +279,7 @@ class WeightFiles:
 
     Attributes:
         path: The folder, or the file.
-        index: The index of its shards; None if there is a single file.
+        index: The file with the index of the shards; None if there is a single file of weights.
     """
 
     def __init__(self, path: Path) -> None:
@@ -382,7 +383,7 @@ class WeightFiles:
         return next((self._read(name) for name in names if name in self.names), None)
 
     def _objection(self, key: str, wanted: torch.Tensor) -> str | None:
-        """Return why a stored tensor cannot be a tensor of the model, or None if it can."""
+        """Return why a stored tensor does not fit a tensor of the model, or None if it does."""
         if self._shapes[key] != tuple(wanted.shape):
             return f"is {self._shapes[key]} there and {tuple(wanted.shape)} in the model"
         # The names in safetensors for integers of all widths and for booleans.
@@ -424,7 +425,10 @@ class WeightFiles:
 
 
 def _persistent(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters, each under every name, and the persistent buffers."""
+    """Yield the tensors that a checkpoint of a model holds, with their names.
+
+    These are the parameters and the persistent buffers. A tied parameter is yielded under each of its names.
+    """
     from lora_fx import torch_private  # loads torch
 
     yield from model.named_parameters(remove_duplicate=False)
@@ -435,7 +439,10 @@ def _persistent(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _listed(path: Path) -> tuple[Path | None, dict[Path, list[str]]]:
-    """Return the index, if there is one, and the files, each with its names according to the index."""
+    """Find the safetensors at a path: return the index of shards, and the names of tensors in each file.
+
+    Without an index, the first value is None, and the names of the file are left empty.
+    """
     if path.is_file():
         return None, {path: []}
     if not path.is_dir():

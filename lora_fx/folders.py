@@ -57,7 +57,7 @@ class ResizedLayer:
     """A layer of a resized adapter.
 
     Attributes:
-        name: Its name in the folder.
+        name: The name of the layer in the folder.
         old_rank, rank: The ranks before and after.
         error: ``‖BA - B'A'‖ / ‖BA‖``.
     """
@@ -110,11 +110,11 @@ class ResizeReport:
 
 @dataclasses.dataclass(frozen=True)
 class _Pair:
-    """The factors of a layer.
+    """The factors A and B of a layer, or of a stack of experts, in an adapter folder.
 
     Attributes:
         target: Name of the layer that PEFT looks up rank and alpha by. An attention layer has several pairs.
-        keys: Keys of A and B.
+        keys: Keys of A and B in the file.
         a, b: A and B as they are stored.
         rank, scale: Rank and scale of each matrix.
         groups: Groups of a convolution.
@@ -131,7 +131,7 @@ class _Pair:
     experts: int
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """Return A [n, r/g, in] and B [n, out, r/g] in fp64."""
+        """Return the factors in fp64, split by expert or group: n matrices A [r, in] and B [out, r]."""
         a, b = self.a.double(), self.b.double()
         if self.experts:
             return StackedDown(self.experts).decode(a), StackedUp(self.experts).decode(b)
@@ -142,7 +142,7 @@ class _Pair:
         )
 
     def stored(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return new factors in the stored form and dtype."""
+        """Convert factors, split as by :meth:`matrices`, to the shapes and dtypes of the file."""
         if self.experts:
             a, b = StackedDown(self.experts).encode(a), StackedUp(self.experts).encode(b)
         else:
@@ -178,7 +178,7 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
     """Read the factors and the configuration of a LoRA folder.
 
     Raises:
-        CheckpointError: If it is damaged, or no LoRA adapter.
+        CheckpointError: If the folder is damaged, or has no LoRA adapter.
         ConfigError: If its tensors do not tell the rank, if it trains other tensors whose meaning depends on
             the rank, or if its initialization changes the base.
     """
@@ -351,9 +351,10 @@ def _by_target(pairs: Mapping[str, _Pair]) -> dict[str, dict[str, _Pair]]:
 
 
 def _closest(pair: _Pair) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Return factors in the order of the singular values of ``s·BA``, and the squares of these values.
+    """Return factors from the SVD of a layer, largest singular value first, and the squared values.
 
-    Each factor is scaled by the roots of the singular values. The squares are summed over the matrices.
+    Cutting off the end of the factors gives the closest product of a lower rank. Each factor is scaled by the
+    roots of the singular values of ``BA``. The squares are those of ``s·BA``, summed over all matrices.
     """
     a, b = pair.matrices()
     q, r = torch.linalg.qr(b)
@@ -365,7 +366,7 @@ def _closest(pair: _Pair) -> tuple[tuple[Tensor, Tensor], Tensor]:
 
 
 def _rank(choice: RankChoice, pair: _Pair, squares: Tensor) -> int:
-    """Return the rank of each matrix of a layer."""
+    """Return the new rank of each matrix of a layer, from its squared singular values."""
     if choice.energy is not None:
         return min(rank_of_energy(squares, choice.energy), len(squares))
     assert choice.rank is not None
@@ -385,8 +386,8 @@ def combine_folders(
 ) -> int:
     """Write the weighted combination of adapters, as :func:`lora_fx.add_weighted_adapter` computes it.
 
-    No model is needed. A layer that only some adapters have is combined from those. Tensors that one of them
-    stores in full are copied: no weight applies to them, and a warning says so.
+    No model is needed. A layer that only some adapters have is combined from these adapters. A tensor that an
+    adapter stores in full is copied: no weight applies to it, and a warning says so.
 
     Args:
         folders: The adapter folders.
@@ -484,7 +485,7 @@ def _check_sum(sources: Sequence[_Folder]) -> None:
 
 
 def _in_full(sources: Iterable[_Folder]) -> dict[str, Tensor]:
-    """Return the tensors that adapters store in full. Raise if two adapters have different values for one."""
+    """Return the tensors that adapters store in full, by key. Raise if the values for a key differ."""
     tensors: dict[str, Tensor] = {}
     for source in sources:
         for key, value in source.kept.items():
@@ -521,7 +522,7 @@ def _notes(sources: Sequence[_Folder]) -> dict[str, str]:
 
 
 def _selecting(sources: Sequence[_Folder], names: Iterable[str]) -> LoraConfig:
-    """Return the first adapter's configuration, selecting the layers of all."""
+    """Return the configuration of a combination: the first adapter's, for the layers of all adapters."""
     first = sources[0].config
     saved = dict.fromkeys(name for s in sources for name in s.config.modules_to_save or ())
     config = dataclasses.replace(

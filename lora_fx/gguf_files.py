@@ -95,7 +95,7 @@ def check_rope(path: Path, reader: Any, config: Any) -> None:
         config: The configuration of the model.
 
     Raises:
-        CheckpointError: If only the file scales them.
+        CheckpointError: If the file scales rotary positions, and the configuration does not.
     """
     ropes = getattr(config, "rope_parameters", None) or {}
     nested = [rope for rope in ropes.values() if isinstance(rope, Mapping)] or [ropes]
@@ -187,7 +187,7 @@ _Converter = tuple[Mapping[str, str], Callable[[str, Sequence[str]], "torch.Tens
 
 
 def _by_processor(path: Path, reader: Any, architecture: str, model: nn.Module) -> _Converter:
-    """Return the conversion of an architecture that transformers reads with a ``TensorProcessor``."""
+    """Return the names and the reader of parameters, for an architecture with a ``TensorProcessor``."""
     import gguf
     import numpy as np
     import torch
@@ -238,7 +238,7 @@ def _is_converted(architecture: str) -> bool:
 
 
 def _by_conversions(path: Path, reader: Any, architecture: str, model: nn.Module) -> _Converter:
-    """Return the conversion of an architecture for which transformers has conversions of weights."""
+    """Return the names and the reader of parameters, for an architecture with weight conversions."""
     import torch
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     from transformers.integrations.gguf import utils

@@ -33,7 +33,7 @@ class ServerError(ConfigError):
 
     Attributes:
         status: The HTTP status; None if there was no answer.
-        text: The server's reason, or that of the connection.
+        text: The reason from the server, or the reason why the connection failed.
     """
 
     def __init__(self, message: str, text: str, status: int | None = None) -> None:
@@ -60,9 +60,9 @@ class Server:
     """The address of a server, and the requests to it.
 
     Attributes:
-        address: The address of its API, such as ``http://127.0.0.1:8000/v1``.
+        address: The address of the API, such as ``http://127.0.0.1:8000/v1``.
         timeout: Seconds to wait for an answer.
-        api_key: The key that it asks for, if any.
+        api_key: The key that the server asks for, if any.
     """
 
     address: str
@@ -99,7 +99,7 @@ class Server:
             self._change("load_lora_adapter", body)
 
     def unload_adapter(self, name: str) -> None:
-        """Remove an adapter."""
+        """Remove an adapter from the server."""
         self._change("unload_lora_adapter", {"lora_name": name})
 
     def next_tokens(
@@ -107,13 +107,13 @@ class Server:
     ) -> list[dict[int, float]]:
         """Return the log-probabilities of the likeliest next tokens after each prompt, by token id.
 
-        The server may use its prefix cache. So a wrong answer from the cache of another adapter is noticed,
-        too.
+        The prefix cache of the server stays in use, so that a wrong answer from the cache of another adapter
+        is noticed.
 
         Args:
             name: A model of the server.
             prompts: Token ids.
-            count: The number of tokens.
+            count: The number of next tokens for each prompt.
 
         Raises:
             ServerError: If the server refuses, or does not report log-probabilities by token ids.
@@ -189,7 +189,7 @@ class Server:
 
 
 def _detail(text: str) -> Any:
-    """Return the ``detail`` of an answer from FastAPI, or None."""
+    """Return the field ``detail`` of an error response of FastAPI, or None if the text has none."""
     try:
         values = json.loads(text)
     except ValueError:

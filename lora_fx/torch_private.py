@@ -308,7 +308,10 @@ def fake_tensors() -> ModuleType:
 
 
 def in_selective_checkpoint() -> bool:
-    """Return True if selective activation checkpointing may keep the result of an operation."""
+    """Return True inside a function that runs under selective activation checkpointing.
+
+    Checkpointing may then keep the results of some operations.
+    """
     if not torch._C._len_torch_dispatch_stack():
         return False
     checkpoint = torch.utils.checkpoint
@@ -385,7 +388,7 @@ TENSOR_HOOKS: Final = "_backward_hooks"
 """Attribute of a tensor with the hooks on its gradient."""
 
 LAZY_CLONE: Final = "_lazy_clone"
-"""Operator of :func:`lazy_clone`."""
+"""Name of the operator that :func:`lazy_clone` calls."""
 
 
 def lazy_clone(tensor: Tensor) -> Tensor:
@@ -429,7 +432,7 @@ def is_assertion(target: Any) -> bool:
 
 
 def without_torch_function() -> Any:
-    """Return a context in which tensor subclasses only intercept operators, below autograd."""
+    """Return a context without ``__torch_function__``: subclasses only have ``__torch_dispatch__``."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
@@ -474,7 +477,10 @@ def attention_choice(*args: Any, **kwargs: Any) -> int:
 
 
 def is_left_aligned(source: Tensor, keep: Tensor) -> bool:
-    """Return True if the tokens that a mask keeps come first in each row, as the fast path requires."""
+    """Return True if a mask keeps the first tokens of each row and no others.
+
+    The fast path of ``nn.TransformerEncoder`` requires this.
+    """
     return bool(torch._nested_tensor_from_mask_left_aligned(source, keep))
 
 
@@ -611,9 +617,9 @@ def tracer_class(graph: fx.Graph) -> type[fx.Tracer] | None:
 
 
 def wrapped_functions() -> MutableMapping[tuple[int, str], dict[str, Any]]:
-    """Return the functions of ``fx.wrap``: the globals, by their id and the name of the function.
+    """Return the registry of ``fx.wrap``: globals of modules, by their id and the name of the function.
 
-    fx keeps them permanently, and goes through all of them in every trace.
+    fx keeps all entries permanently, and goes through them in every trace.
     """
     return fx._symbolic_trace._wrapped_fns_to_patch
 
@@ -663,14 +669,14 @@ def is_distributed(tensor: Tensor) -> bool:
 def local_tensor(tensor: Any) -> Tensor:
     """Return the local shard of a DTensor, or any other tensor itself.
 
-    ``DTensor.to_local`` is an operation of autograd; this is not.
+    Unlike ``DTensor.to_local``, this function is no operation of autograd.
     """
     part: Tensor = getattr(tensor, "_local_tensor", tensor)
     return part
 
 
 def all_reduce(tensor: Tensor, operation: str, group: Any) -> Tensor:
-    """Return the sum (or another reduction) over a dimension of a device mesh, as an operation."""
+    """Return a reduction, such as the sum, over a dimension of a device mesh. Can be traced and compiled."""
     from torch.distributed._functional_collectives import all_reduce as reduce
 
     reduced: Tensor = reduce(tensor, operation, group)
@@ -698,7 +704,7 @@ def fake_store() -> Any:
 
 
 def forget_sharding() -> None:
-    """Clear DTensor's caches, because a mesh of the next process group compares equal to an old one."""
+    """Clear DTensor's caches before a new process group, because its mesh equals an old one."""
     from torch.distributed.tensor import _redistribute, debug
 
     debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
@@ -706,17 +712,17 @@ def forget_sharding() -> None:
 
 
 def is_flat(parameter: Any) -> bool:
-    """Return True for a parameter that is part of a flat parameter of FSDP1."""
+    """Return True for a parameter that FSDP1 has made a part of a flat parameter."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def fsdp_state(unit: Any) -> Any:
-    """Return the state of a module with ``fully_shard``; several modules can share a state."""
+    """Return FSDP2's state of a module with ``fully_shard``. Several modules can share a state."""
     return unit._get_fsdp_state()
 
 
 def fsdp_groups(unit: Any) -> list[Any]:
-    """Return FSDP2's groups of parameters of a unit; empty if inner units have all parameters."""
+    """Return the parameter groups of a module with FSDP2; empty if inner modules have all parameters."""
     state = fsdp_state(unit)
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # before PyTorch 2.12 a unit has one group
@@ -726,12 +732,12 @@ def fsdp_groups(unit: Any) -> list[Any]:
 
 
 def fsdp_precision(unit: Any) -> Any:
-    """Return the mixed-precision policy of a unit."""
+    """Return the mixed-precision policy of a module with ``fully_shard``."""
     return fsdp_state(unit)._mp_policy
 
 
 def fsdp_chose_resharding(unit: Any) -> bool:
-    """Return True if ``fully_shard`` chose ``reshard_after_forward`` itself."""
+    """Return True if the user left ``reshard_after_forward`` to ``fully_shard``."""
     return bool(getattr(fsdp_state(unit), "_auto_reshard_after_forward", False))
 
 
@@ -753,7 +759,7 @@ def fsdp_spec(parameter: Any) -> Any:
 
 
 def unit_attributes() -> tuple[str, ...]:
-    """Return the attributes of a module that belong to FSDP2 and to compilers."""
+    """Return the names of the attributes that FSDP2 and compilers add to a module."""
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 
     return (STATE_KEY, REGISTRY_KEY, COMPILED_CALL)

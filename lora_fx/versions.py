@@ -75,7 +75,7 @@ def untested(name: str) -> str:
 
 
 def _outside() -> int:
-    """Return the stack level of the code that called lora-fx, relative to the caller of this function."""
+    """Return the ``stacklevel`` at which a warning shows the code that called lora-fx."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lora_fx"):
         frame, level = frame.f_back, level + 1
@@ -83,7 +83,10 @@ def _outside() -> int:
 
 
 def installed(name: str) -> tuple[str, str]:
-    """Return the package of a module and its version, which is empty if it has no metadata."""
+    """Return the name and the version of the installed package that provides a module.
+
+    The version is empty if no such package is installed.
+    """
     for package in _WHEELS.get(name, (name,)):
         try:
             return package, importlib.metadata.version(package)
@@ -94,7 +97,7 @@ def installed(name: str) -> tuple[str, str]:
 
 @functools.cache
 def oldest() -> Mapping[str, str]:
-    """Return the lower bounds of ``pyproject.toml``, by the name of the package."""
+    """Return the oldest supported version of each package, from the lower bounds of ``pyproject.toml``."""
     try:
         lines = importlib.metadata.requires("lora-fx") or ()
     except importlib.metadata.PackageNotFoundError:  # run from source, without being installed
@@ -104,6 +107,6 @@ def oldest() -> Mapping[str, str]:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """Return the numbers of a version: (2, 15, 0) for 2.15.0+cu132."""
+    """Return the numbers of a version as a tuple: (2, 15, 0) for 2.15.0+cu132."""
     numbers = _NUMBERS.match(version)
     return tuple(map(int, numbers[0].split("."))) if numbers is not None else ()

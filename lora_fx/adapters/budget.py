@@ -56,7 +56,7 @@ def budget_of(budget: object) -> tuple[int, Unit]:
     """Return a budget and its unit: ``3000`` and ``"3000"`` are parameters, and ``"20MB"`` is bytes.
 
     Raises:
-        ConfigError: If it is neither.
+        ConfigError: If the budget is neither a number of parameters nor a size in bytes.
     """
     digits = isinstance(budget, str) and budget.strip().isdecimal()
     number = int(budget) if isinstance(budget, str) and digits else whole_number(budget)
@@ -90,7 +90,7 @@ class Allotment:
     spent: Spending
 
     def onto(self, plan: Plan) -> Plan:
-        """Return a plan of :attr:`config` with the gains and the use of the budget."""
+        """Return a copy of a plan of :attr:`config`, with the gain of each site and the use of the budget."""
         rows = (dataclasses.replace(row, gain=self.gains.get(row.name)) for row in plan.sites)
         return dataclasses.replace(plan, sites=tuple(rows), spent=self.spent)
 
@@ -197,11 +197,11 @@ class _Site:
     """A site, its costs and its gains while ranks are distributed.
 
     Attributes:
-        row: The plan for it.
-        step: The number by which its rank grows.
-        most: Its largest rank.
+        row: The row of the site in the plan.
+        step: The smallest rank of the site. All its ranks are multiples of this number.
+        most: The largest rank of the site.
         start, each: Cost of the smallest rank, and of each further step.
-        rank: Its rank.
+        rank: The current rank.
         gains: Cumulative gains: entry k is the gain of the first k ranks. In a grouped convolution, k is the
             rank of each group, and the gain is that of all groups.
     """
@@ -216,7 +216,7 @@ class _Site:
 
     @classmethod
     def of(cls, model: nn.Module, row: PlannedSite, config: LoraConfig, unit: Unit) -> _Site:
-        """Return a site at its smallest rank, without gains."""
+        """Create the entry of a site at its smallest rank. Its gains are added later."""
         site = row.site
         _, out, inner = matrix_shape(site)
         limit = min(out, inner) * site.groups
@@ -235,27 +235,30 @@ class _Site:
         return cls(row, step, most, first, second - first, step)
 
     def cost_of(self, rank: int) -> int:
-        """Return the cost of a rank."""
+        """Return the parameters or bytes that the adapter has at the site with a rank."""
         return self.start + (rank // self.step - 1) * self.each
 
     def gain_of(self, rank: int) -> float:
-        """Return the gain of all ranks up to this one."""
+        """Return the cumulative gain of a rank: the sum of the gains of all ranks up to it."""
         return self.gains[rank // self.row.site.groups]
 
     @property
     def further_gains(self) -> list[float]:
-        """The gain of each further step."""
+        """The gain of each step from the current rank to the largest rank of the site."""
         gains = [self.gain_of(rank) for rank in range(self.rank, self.most + 1, self.step)]
         return [after - before for before, after in itertools.pairwise(gains)]
 
 
 def _bytes_each(model: nn.Module, site: Site) -> int:
-    """Return the bytes of an element of the factors."""
+    """Return the size in bytes of one element of A and B at a site."""
     return adapter_dtype(base_parameters(model)[site.weight]).itemsize
 
 
 def _fixed_cost(plan: Plan, model: nn.Module, unit: Unit) -> int:
-    """Return the cost of everything that the adapter trains besides the sites."""
+    """Return the cost of everything that the adapter trains besides the factors, in ``unit``.
+
+    These are biases, whole modules, and rows of embeddings.
+    """
     if unit == "parameters":
         return plan.extra_parameters + sum(row.parameters for row in plan.tokens)
     own = base_parameters(model)
@@ -274,7 +277,7 @@ def _gains(site: Site, gradient: torch.Tensor) -> list[float]:
 
 
 def _distribute(sites: Sequence[_Site], room: int) -> None:
-    """Raise the ranks of the sites as far as the cost of all sites is at most ``room``."""
+    """Increase the ranks of the sites by their gains, as far as the total cost is at most ``room``."""
     room -= sum(site.cost_of(site.rank) for site in sites)
     steps = allocate(
         {site.row.name: site.further_gains for site in sites},
@@ -313,9 +316,10 @@ def _target(site: _Site, config: LoraConfig) -> Target:
 
 
 def _equal_rank(sites: Sequence[_Site], room: int) -> int:
-    """Return the largest rank that all sites could have within the budget; 0 if there is none.
+    """Return the largest rank that fits the budget if all sites have the same rank; 0 if none fits.
 
-    A site whose largest possible rank is smaller counts with that rank.
+    A site with a smaller largest rank is counted with that rank. The result is also 0 if the rank of a site
+    can only grow by more than 1.
     """
 
     def cost(rank: int) -> int:

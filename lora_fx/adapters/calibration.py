@@ -28,9 +28,10 @@ def input_moments(
     forward: Forward | None = None,
     progress: Progress = False,
 ) -> dict[str, torch.Tensor]:
-    """Return the mean of ``XᵀX`` for each site that is a product with a matrix, [in, in], by its name.
+    """Return the mean of ``XᵀX`` [in, in] for each site that multiplies its input X by a matrix.
 
-    The inputs are those of the base model in eval mode, without tokens that an ``attention_mask`` leaves out.
+    The result is by the name of the site. The mean is over all calls. The inputs are those of the base model
+    in eval mode, without tokens that an ``attention_mask`` leaves out.
 
     Args:
         model: A rewritten model; it is not changed.

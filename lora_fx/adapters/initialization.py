@@ -106,7 +106,7 @@ class Data:
     report: Report
 
     def counted(self) -> Iterator[tuple[int, Any]]:
-        """Yield the batches of one pass with their indices, moved to the model's device.
+        """Yield the index and the contents of each batch, moved to the model's device.
 
         Raises:
             ConfigError: If there are no batches.
@@ -170,14 +170,15 @@ def _on_device(value: Any, device: torch.device) -> Any:
 
 
 def tokens_seen(batch: Any, ignored_label: int | None) -> torch.Tensor | None:
-    """Return a mask of the tokens of a batch that count: in the attention mask, and labeled.
+    """Return a flat mask of the tokens that the attention mask keeps and that have a label.
 
     Args:
         batch: A batch; only a mapping of a language model's inputs has tokens.
         ignored_label: The label of tokens that do not count; None if labels do not matter.
 
     Returns:
-        A flat mask of all tokens; None if every vector counts.
+        The mask; None to use every vector, if the batch has no token ids or its attention mask has another
+        shape.
     """
     if not hasattr(batch, "keys") or "input_ids" not in batch:
         return None
@@ -192,9 +193,10 @@ def tokens_seen(batch: Any, ignored_label: int | None) -> torch.Tensor | None:
 
 
 def show_inputs(model: nn.Module, record: Record, rows: tuple[PlannedSite, ...], see: See) -> None:
-    """Make a model call ``see`` with the inputs of sites, whenever it runs with no active adapter.
+    """Install graphs that call ``see`` with the inputs of sites if no adapter is active.
 
-    Layers with a written-out forward run their graphs, because their own forward applies weights unobserved.
+    A module with a written-out forward (:attr:`Region.written_out`) runs its graph, because its own forward
+    applies the weights without an input to observe.
     """
     capture = base_capture(model, record)
     seen: dict[str, Region] = {region.fqn: region for region in observed(capture, rows, see)}
@@ -211,7 +213,7 @@ def moments(
     half: bool = False,
     scaled: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Return the mean of ``XᵀX`` by site over all calls, each X [n, in].
+    """Return the mean of ``XᵀX`` over all calls of each site, by its name. X [n, in] is the input.
 
     Args:
         model: A rewritten model with no active adapter. Its graphs are replaced.
@@ -273,7 +275,7 @@ def gradients(
     data: Data,
     loss_fn: Callable[[Any, Any], Any] | None,
 ) -> dict[str, torch.Tensor]:
-    """Return the gradient of the mean loss, by weight: fp32, on the CPU.
+    """Return the gradient of the mean loss for each weight, by FQN: fp32, on the CPU.
 
     Each gradient is moved to the CPU as soon as it is computed, so the device holds at most one.
 
@@ -325,7 +327,10 @@ def gradients(
 
 
 def _replace(model: nn.Module, name: str, hook: Callable[[torch.Tensor], None]) -> None:
-    """Replace a weight by a leaf over the same values. Weights that are tied to it are not replaced."""
+    """Replace a weight by a new leaf parameter over the same memory, with a hook on its gradient.
+
+    Weights that are tied to it keep the old parameter.
+    """
     owner, _, leaf = name.rpartition(".")
     weight: Any = nn.Parameter(model.get_parameter(name).detach(), requires_grad=True)
     weight.register_post_accumulate_grad_hook(hook)
@@ -365,7 +370,7 @@ def restart(
     rows: Iterable[PlannedSite],
     make: Callable[[PlannedSite, torch.Tensor], Start] | None = None,
 ) -> None:
-    """Compute starting values from the original base and place them in the model: all of them or none.
+    """Compute the starting values of an adapter from the original base, and write all of them or none.
 
     Args:
         model: A rewritten model, changed in place; its graphs stay.
@@ -461,9 +466,10 @@ def running_base(
     *,
     seed: int,
 ) -> Iterator[Data]:
-    """Yield the data, while the model runs without adapters and with random numbers from a seed.
+    """Yield the batches as :class:`Data`, in a context in which the model runs without adapters.
 
-    The modes of modules and the global random state are restored at the end.
+    Random numbers are drawn from ``seed``. The modes of modules and the global random state are restored at
+    the end.
     """
     with ExitStack() as stack:
         report = stack.enter_context(reporting(progress, batches))
@@ -477,7 +483,10 @@ def running_base(
 
 
 def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) -> None:
-    """Write the start that a rewrite computes into the existing parameters."""
+    """Write the starting values of a new adapter into its parameters, for starts that need no data.
+
+    A rewrite on the meta device leaves the parameters without values.
+    """
     start = entry.config.init_lora_weights
     if needs_data(start):
         raise ConfigError(f"init_lora_weights={start!r} needs data: give initialize() a dataloader")
@@ -516,7 +525,7 @@ def _empty_weight(model: nn.Module, site: Site) -> torch.Tensor:
 
 
 def check_has_values(model: nn.Module) -> None:
-    """Raise if a parameter is on the meta device."""
+    """Raise if a parameter is on the meta device, because starting values need the weights."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("the model is on the meta device: give it its weights first")
 
@@ -565,9 +574,9 @@ def _from_components(model: nn.Module, entry: AdapterRecord, adapter_name: str, 
 def _sites_with_rank(
     model: nn.Module, entry: AdapterRecord, components: Mapping[str, _SiteStart]
 ) -> Iterator[PlannedSite]:
-    """Yield the sites with a rank above 0.
+    """Yield the sites to which EVA gives a rank above 0, with this rank.
 
-    Their alphas keep the scale if ``adjust_scaling_factors`` is set.
+    Alphas change with the rank if ``adjust_scaling_factors`` is set, so that each site keeps its scale.
     """
     options: Any = entry.config.eva_config
     for row in entry.sites:
@@ -708,7 +717,7 @@ class _SiteStart:
 
 
 def _components(model: nn.Module, entry: AdapterRecord, data: Data) -> dict[str, _SiteStart]:
-    """Return the rank and A of each site.
+    """Run the search of EVA, and return the rank and the starting A of each site.
 
     Args:
         model: A rewritten model with no active adapter. Its graphs are replaced.
@@ -739,7 +748,10 @@ def _components(model: nn.Module, entry: AdapterRecord, data: Data) -> dict[str,
 
 
 def _again_and_again(data: Data, search: _Search) -> Iterator[tuple[int, Any]]:
-    """Yield the batches, and repeat them from the first, up to a limit."""
+    """Yield numbered batches, and go through the data several times, up to a limit.
+
+    The data is not repeated if it had no batch that is large enough for some site.
+    """
     number = 0
     while number == 0 or (number < _MOST_BATCHES and not search.lacking):
         start = number
@@ -772,7 +784,7 @@ class _Search:
 
     @property
     def ignored_label(self) -> int | None:
-        """The label of tokens that do not count."""
+        """The label of tokens that the search leaves out; None if labels do not matter."""
         return self._options["label_mask_value"] if self._options["use_label_mask"] else None
 
     @property
@@ -782,7 +794,7 @@ class _Search:
 
     @property
     def lacking(self) -> list[str]:
-        """The sites for which no batch was large enough."""
+        """The sites for which no batch had as many vectors as the site has components."""
         return [name for name, components in self._found.items() if components.directions is None]
 
     def steady(self, name: str) -> bool:
@@ -793,11 +805,11 @@ class _Search:
         return bool(components.steady[: self._given[self._same[name]]].all())
 
     def begin(self) -> None:
-        """Record a digest of the inputs of each site in the next call of the model."""
+        """Start to record a digest of the input of each site, for the next call of the model."""
         self._inputs = {}
 
     def compare(self) -> None:
-        """Let sites with equal inputs share their components."""
+        """Find the sites with equal recorded inputs, and let them share their components."""
         assert self._inputs is not None
         _check_reached([name for name in self._ranks if name not in self._inputs])
         first: dict[str, str] = {}
@@ -815,7 +827,7 @@ class _Search:
         self._inputs = None
 
     def see(self, row: PlannedSite, x: torch.Tensor) -> None:
-        """Record the inputs of a site."""
+        """Add the inputs of a site to its components, or record a digest of them after :meth:`begin`."""
         if self.mask is not None and len(self.mask) == len(x):
             x = x[self.mask.to(x.device)]
         if not torch.isfinite(x).all():
@@ -832,7 +844,7 @@ class _Search:
             self._given = _ranks_by_share(shares, self._same, self._ranks)
 
     def result(self) -> dict[str, _SiteStart]:
-        """Return the rank and A of each site."""
+        """Return the rank and the starting A of each site. Warn of sites that have not converged."""
         for name in self.lacking:
             raise ConfigError(
                 f"{name}: no batch has the {self._wanted[name]} vectors that its components need "

@@ -210,10 +210,7 @@ def put_adapter(
 
 
 def _trains_beside_weights(config: LoraConfig) -> bool:
-    """Return True if an adapter only has factors and vectors of sites.
-
-    Then it replaces no parameter of the base.
-    """
+    """Return True if an adapter trains only factors and vectors, and replaces no parameter of the base."""
     more = (
         config.modules_to_save,
         config.trainable_token_indices,
@@ -304,7 +301,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def note_start(model: nn.Module, adapter_name: str) -> None:
-    """Record that an adapter got its starting values from data."""
+    """Record that an adapter has its starting values, so that it no longer waits for data."""
     record = require_record(model)
     entry = dataclasses.replace(record.adapters[adapter_name], initialized=True)
     model.__dict__["_lora_fx"] = record.with_adapter(adapter_name, entry)
@@ -375,7 +372,7 @@ def adapter_ids(
 
 @contextmanager
 def _inside_block(model: nn.Module, block: ActiveAdapters) -> Iterator[None]:
-    """Apply the adapters of a ``with`` block within the context. Blocks may end in any order."""
+    """Run a model with the adapters of a ``with`` block in this context. Blocks may end in any order."""
     block = dataclasses.replace(block, thread=threading.get_ident())
     with without_wrappers(model) as inner:
         enter(inner, block)

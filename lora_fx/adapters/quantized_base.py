@@ -312,7 +312,7 @@ def _captured(model: nn.Module) -> Capture:
 def _target(
     model: nn.Module, device: torch.device | str | int | None, how: Storage, *, files: bool
 ) -> torch.device:
-    """Return the device of the result."""
+    """Check a model that is to be quantized, and return the device of the result."""
     check_model(model)
     meta = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if meta and not files:
@@ -357,7 +357,7 @@ def _usable(device: torch.device | str | int) -> torch.device:
 
 
 def _kept(capture: Capture) -> Iterator[Region]:
-    """Yield the regions that must run their graph, because the rest of their module reads dense weights."""
+    """Yield the regions that must run their graph, because their own forward would read dense weights."""
     for region in capture.regions.values():
         edited = any(node.target is quantized_linear for node in region.graph.nodes)
         if edited or (region.written_out and holds_quantized(region.module)):
@@ -475,7 +475,7 @@ class Originals:
         )
 
     def of(self, site: Site) -> torch.Tensor:
-        """Return the weight of a site, in the site's layout."""
+        """Return the weight of a site before it was quantized, in the shape of the model's parameter."""
         name, shape = site.weight, site.weight_shape
         if self.files is not None:
             # transformers writes a model without a head under names without its prefix.
@@ -516,7 +516,11 @@ def _compensated(
     original: torch.Tensor,
     iterations: int | None,
 ) -> tuple[dict[str, torch.Tensor], CompensatedSite]:
-    """Return the new parameters of a site by the names of its factors, and its row of the report."""
+    """Compute the factors of a site that best compensate the error of its quantized weight.
+
+    Returns:
+        The new parameters by the names of the factors, and the row of the report.
+    """
     if not kind_of(row).low_rank:
         raise ConfigError(
             f"{row.name}: the kind {row.kind!r} has no factors that could make up for what quantizing lost"

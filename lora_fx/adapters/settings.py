@@ -89,15 +89,15 @@ class Layout:
         return site.owner if site.parameter == "weight" and site.owner in self.modules else ""
 
     def crossed(self, site: Site) -> bool:
-        """Return True if PEFT swaps A and B of a wrapped parameter, because it reads weights as [out, in].
+        """Return True if PEFT swaps A and B of a wrapped parameter, because PEFT reads weights as [out, in].
 
-        It reads [in, out] only if there are experts and their module has ``is_transposed``.
+        PEFT reads a weight as [in, out] only if it has experts and its module has ``is_transposed``.
         """
         theirs = "in_out" if site.experts and site.owner in self.transposed else "out_in"
         return site.layout != theirs
 
     def joins(self, site: Site) -> bool:
-        """Return True if the site is only part of an adapter of PEFT."""
+        """Return True if PEFT has no separate adapter for a site, but one for a whole weight or layer."""
         target = self.place(site)
         return bool(target) and (site.rows is not None or target in self.attention)
 
@@ -108,7 +108,7 @@ class Layout:
 def layout_of(
     model: nn.Module, record: AdapterRecord, as_parameters: Collection[str] = ()
 ) -> Layout:
-    """Return PEFT's wrappers for an adapter, such that PEFT can load everything that it can compute.
+    """Choose the modules and parameters that PEFT wraps for an adapter, so that PEFT can load it.
 
     Args:
         model: The rewritten model.
@@ -242,13 +242,13 @@ def _in_order(model: nn.Module, weights: Iterable[str]) -> dict[str, tuple[str, 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """An adapter and the name that a configuration has for it.
+    """An entry of a configuration: the name of a module or parameter, with its rank and alpha.
 
     Attributes:
         name: FQN of a module, or of a parameter.
-        rank, alpha: Its hyperparameters.
-        parameter: True if it is one of ``target_parameters``.
-        within: Names of parts of the module. PEFT looks up rank and alpha by these first.
+        rank, alpha: Rank and alpha of its adapter.
+        parameter: True if the name is an entry of ``target_parameters``.
+        within: Names of parts of the module. PEFT looks up rank and alpha by these names first.
     """
 
     name: str
@@ -284,7 +284,7 @@ def by_site(rows: Iterable[PlannedSite]) -> list[Target]:
 
 
 def targets_of(record: AdapterRecord, layout: Layout) -> list[Target]:
-    """Return PEFT's targets for the sites that are not joined with others."""
+    """Return a target for each site that does not share an adapter of PEFT with other sites."""
     return [
         Target(row.site.weight, row.rank, row.alpha, parameter=True)
         if row.site.weight in layout.weights
@@ -332,7 +332,7 @@ def _class_of(model: nn.Module, config: LoraConfig) -> dict[str, str] | None:
 def with_patterns(config: LoraConfig, targets: Sequence[Target]) -> LoraConfig:
     """Return ``config`` with the most frequent rank and alpha as defaults, and patterns for other targets.
 
-    Kinds without factors have neither.
+    Kinds without factors have neither rank nor alpha.
     """
     if not chosen_kind(config).low_rank:
         return config
@@ -365,7 +365,7 @@ def _decided(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
 ) -> bool:
-    """Return True if the patterns give a target its rank and alpha, by each name that is looked up."""
+    """Return True if ``config`` gives a target its rank and alpha, by each name that PEFT looks up."""
     return all(
         rank_for(names, config) == ranks[target.name]
         and alpha_for(names, config) == alphas[target.name]

@@ -106,7 +106,10 @@ def check_together(record: Record, names: Sequence[str], per_sample: bool) -> No
 
 
 def _check_layers(record: Record, names: Sequence[str]) -> None:
-    """Raise if an adapter replaces values of a layer that factors adapt: factors read the base's values."""
+    """Raise if an adapter replaces a parameter of a layer that factors adapt, for per-sample adapters.
+
+    The samples of one batch cannot use different values of such a parameter.
+    """
     adapted = {row.site.owner for name in names for row in record.adapters[name].sites}
     for name in names:
         adapter = record.adapters[name]
@@ -121,7 +124,7 @@ def _check_layers(record: Record, names: Sequence[str]) -> None:
 
 
 def _check_tokens(record: Record, names: Sequence[str]) -> None:
-    """Raise if an embedding with trained rows is also adapted by another adapter."""
+    """Raise if an embedding with trained rows of one adapter is also adapted by another."""
     for name in names:
         for tokens in record.adapters[name].tokens:
             for other in names:
@@ -160,11 +163,11 @@ def run_with(model: nn.Module, record: Record, *, rebuild: bool = False) -> None
 
     Args:
         model: A rewritten model.
-        record: The new record. Its choice and its blocks decide; its ``active`` is ignored.
+        record: The new record. Its choice and its blocks say which adapters run; its ``active`` is ignored.
         rebuild: True to rebuild the graphs even if the present ones would do.
 
     Raises:
-        ConfigError, CaptureError: If that is not possible. The model is unchanged then.
+        ConfigError, CaptureError: If the model cannot run with these adapters. The model is unchanged then.
     """
     before, wanted = require_record(model), _wanted_of(record)
     edits = rebuild or (wanted.names, wanted.per_sample) != (before.active, before.per_sample)
@@ -186,7 +189,8 @@ def enter(model: nn.Module, block: ActiveAdapters) -> None:
     """Activate a block for the current thread or task.
 
     Raises:
-        ConfigError, CaptureError: If that is not possible. The model is unchanged then.
+        ConfigError, CaptureError: If the model cannot run with the adapters of the block. The model is
+            unchanged then.
     """
     record = require_record(model)
     token = _around.set((*_around.get(()), block))
@@ -202,7 +206,7 @@ def leave(model: nn.Module, block: ActiveAdapters) -> None:
     """End a block. It ends even if the earlier adapters cannot be restored.
 
     Raises:
-        CaptureError: If they cannot be restored. The model then keeps its current adapters.
+        CaptureError: If the earlier adapters cannot be restored. The model then keeps its current adapters.
     """
     record = require_record(model)
     _around.set(tuple(other for other in _around.get(()) if other is not block))
@@ -271,7 +275,7 @@ def _wanted_of(record: Record) -> ActiveAdapters:
 
 
 def _assign(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
-    """Set the adapters of the samples in a batch, or record that none were named."""
+    """Write the adapter of each sample into the tables that the branches read, or clear these tables."""
     thread = threading.get_ident()
     shared = any(block.thread == thread for block in _others(record))
     for holder in [module for module in model.modules() if isinstance(module, SampleRows)]:
@@ -279,7 +283,10 @@ def _assign(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
 
 
 def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
-    """Edit the graphs and exchange the parameters. Nothing is changed if that is not possible."""
+    """Insert the branches of the wanted adapters into the graphs, and exchange the parameters.
+
+    If this fails, nothing is changed.
+    """
     check_intact(model, require_record(model))
     _check_parametrized(model, record)
     names, per_sample = wanted.names, wanted.per_sample
@@ -333,7 +340,7 @@ def _check_parametrized(model: nn.Module, record: Record) -> None:
 
 
 def _place_rows(model: nn.Module, adapters: Mapping[str, AdapterRecord]) -> None:
-    """Add the shared table of samples to the holders of factors, and to modules with values of adapters.
+    """Add the shared table of samples to every module that has factors or values of these adapters.
 
     Args:
         model: The model.
@@ -358,7 +365,7 @@ def _place_rows(model: nn.Module, adapters: Mapping[str, AdapterRecord]) -> None
 
 @contextlib.contextmanager
 def on_base(model: nn.Module) -> Iterator[Mapping[str, nn.Parameter]]:
-    """Restore the base's parameters within the context. At the end, those of the adapters replace them again.
+    """Restore the base's parameters within the context, and put back the adapters' parameters at the end.
 
     Yields:
         The base's parameters, by FQN. After an error, parameters that the body replaced are restored.

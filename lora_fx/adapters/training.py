@@ -203,7 +203,7 @@ def correct_gradients(optimizer: torch.optim.Optimizer, model: nn.Module) -> Rem
 
 
 def _corrected(row: PlannedSite, a: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Return ``g (A Aᵀ + ε)⁻¹ / s²``, for each expert or group separately if there are several."""
+    """Return the corrected gradient of B, ``g (A Aᵀ + ε)⁻¹ / s²``, for each expert or group separately."""
     count = row.site.experts or row.site.groups
     rank = row.rank if row.site.experts else row.rank // row.site.groups
     # torch.linalg.solve supports no half type, and in half precision the ridge would be rounded away.
@@ -217,7 +217,10 @@ def _corrected(row: PlannedSite, a: torch.Tensor, gradient: torch.Tensor) -> tor
 
 
 def _rows(record: Record) -> Iterator[tuple[PlannedSite, str]]:
-    """Yield the sites with untied factors in a product. Lookups are left out, because they save no input."""
+    """Yield the sites that LoRA-FA covers, each with its adapter: products with untied factors.
+
+    Embedding lookups are left out. They keep no input for the gradient of A, so freezing A saves no memory.
+    """
     for adapter, adapter_record in record.adapters.items():
         for row in adapter_record.sites:
             kind = kind_of(row)
@@ -278,8 +281,8 @@ def adapter_penalty(model: nn.Module, adapter_names: Sequence[str] | str | None 
 
     For KaSA, it is the sum over the layers of ``β ‖d‖² + γ (‖BᵀB - I‖ + ‖A Aᵀ - I‖)`` (arXiv:2412.06071,
     equations 9 to 11). For MonteCLoRA, it is the mean over the layers of the weighted divergences from the
-    priors, for the noise of the last call, and zero in evaluation mode. Other kinds add nothing. PEFT has it
-    as ``_get_kasa_loss`` and ``_get_monteclora_loss``.
+    priors, for the noise of the last call, and zero in evaluation mode. Other kinds add nothing. PEFT
+    computes them in ``_get_kasa_loss`` and ``_get_monteclora_loss``.
 
     Args:
         model: A rewritten model.
@@ -327,7 +330,7 @@ def _penalty(model: nn.Module, row: PlannedSite, adapter: str, sites: int) -> Te
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor as a whole, with a gradient. It is the same in all processes."""
+    """Return the full tensor of a DTensor, with a gradient; any other tensor is returned itself."""
     parts: Any = tensor
     return parts.full_tensor() if is_sharded(tensor) else tensor
 
@@ -679,7 +682,7 @@ class _Together:
 
 
 def _trained_together(model: nn.Module) -> tuple[str, ...]:
-    """Return the adapters that the rows of a batch may name.
+    """Return the adapters that a batch can train: the active ones of a model with per-sample adapters.
 
     Raises:
         ConfigError: If the model is not set up for per-sample adapters.
@@ -721,7 +724,7 @@ def _check_arguments(trainer: Any) -> None:
 
 
 def _shifts(model: Any) -> bool:
-    """Return True if the label of a token is the next token.
+    """Return True if the loss of a model shifts the labels: the label of a token is the next token.
 
     Raises:
         ConfigError: If the model's loss is not known.

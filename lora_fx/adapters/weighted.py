@@ -187,7 +187,7 @@ class Combination:
         return self.kind.endswith("svd")
 
     def among(self, adapters: int) -> Combination:
-        """Return the method for a number of adapters: a single adapter is only weighted, as in PEFT."""
+        """Return the method to use for this number of adapters: one adapter is only weighted, as in PEFT."""
         return self if adapters > 1 else Combination("linear")
 
     @property
@@ -390,7 +390,7 @@ def _mixed(
     how: Combination,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """Combine tensors with their weights into a single tensor."""
+    """Return the weighted combination of tensors, after the method has dropped elements of each."""
     if how.density is not None and how.kind.startswith("dare"):
         tensors = [_keep_random(tensor, how.density, generator) for tensor in tensors]
     elif how.density is not None and how.prunes:
@@ -405,7 +405,7 @@ def _mixed(
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An adapter to be combined."""
+    """An adapter that is combined with others, and its weight in the sum."""
 
     name: str
     weight: float
@@ -487,7 +487,7 @@ def _objections(source: Source) -> Iterator[str]:
 
 
 def _keeps_tied(sources: Sequence[Source]) -> bool:
-    """Return True if every source that adapts a head or its embedding keeps them tied."""
+    """Return True if the combination keeps heads tied: every source that adapts a head or embedding does."""
     heads = {row.name for source in sources for row in source.record.sites if row.tied}
     flags = [source.record.config.ensure_weight_tying for source in sources]
     touches = [
@@ -498,7 +498,7 @@ def _keeps_tied(sources: Sequence[Source]) -> bool:
 
 
 def _parts_of(sources: Sequence[Source], tied: bool) -> dict[str, list[Part]]:
-    """Return the sources and their sites by the name of the site, without heads that stay tied.
+    """Group the sites of all sources by name, without the heads that stay tied to an embedding.
 
     Raises:
         ConfigError: If a site is part of another.
@@ -663,7 +663,7 @@ def _fill(
     values: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     sources: Sequence[Source],
 ) -> None:
-    """Write the values of the new adapter."""
+    """Write the combined factors into the new adapter, and copy the modules that a source trains in full."""
     rows = {row.name: row for row in record.sites if not row.tied}
     if rows.keys() != values.keys():
         lost = min(rows.keys() ^ values.keys())

@@ -191,7 +191,7 @@ def _scaled(key: str, value: Tensor, scales: Mapping[str, float]) -> Tensor:
 
 
 def joined_metadata(every: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """Return the metadata of a file with several parts of a pipeline, from the metadata of each part."""
+    """Join the metadata of several parts of a pipeline, for one file of diffusers."""
     values: dict[str, Any] = {}
     for metadata in every:
         values |= json.loads(metadata[DIFFUSERS_METADATA])
@@ -335,7 +335,7 @@ _Layers = dict[str, dict[str, Tensor]]
 
 
 def _layers(path: Path, read: Mapping[str, Tensor]) -> _Layers:
-    """Return the tensors by role, for each name of a layer in the file."""
+    """Group the tensors of a file by the name of their layer and by role: A, B, alpha and so on."""
     layers: _Layers = defaultdict(dict)
     unknown = []
     for key, value in read.items():
@@ -379,7 +379,10 @@ def _check_values(path: Path, name: str, roles: Mapping[str, Tensor]) -> None:
 def _as_peft(
     path: Path, name: str, role: str, value: Tensor, module: nn.Module, b: Tensor
 ) -> tuple[str, Tensor]:
-    """Return a tensor with PEFT's key and shape. A factor gets as many dimensions as the layer's weight."""
+    """Convert a tensor of diffusers or kohya to PEFT's key and shape.
+
+    A factor gets as many dimensions as the layer's weight.
+    """
     dims = module.weight.dim() if isinstance(module.weight, Tensor) else 2
     dims = max(dims, 2)
     if role in ("A", "B"):
@@ -401,7 +404,7 @@ def _as_peft(
 
 
 def _config_in(path: Path, metadata: Mapping[str, str], part: str) -> LoraConfig | None:
-    """Return the configuration that diffusers wrote with the tensors, or None if there is none."""
+    """Return the configuration in the metadata of a diffusers file, or None if there is none."""
     text = metadata.get(DIFFUSERS_METADATA)
     if text is None:
         return None

@@ -142,7 +142,7 @@ def check_free(folder: Path, names: Iterable[str] = _OF_PEFT, *, force: bool) ->
         force: True if an adapter may be replaced.
 
     Raises:
-        CheckpointError: If there is such an adapter.
+        CheckpointError: If the folder holds an adapter, and ``force`` is False.
     """
     existing = [name for name in names if (folder / name).exists()]
     if existing and not force:
@@ -154,7 +154,7 @@ def check_free(folder: Path, names: Iterable[str] = _OF_PEFT, *, force: bool) ->
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Create a folder and its parents. If the ``with`` block raises, remove the new ones that are empty."""
+    """Create a folder and its parents. If the ``with`` block raises, remove the new, empty folders."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -435,7 +435,10 @@ def _load(
     read: Read | None = None,
     fit: Callable[..., Migration] | None = None,
 ) -> ModelT:
-    """Load an adapter; see :func:`load_adapter`. With ``fit``, the tensors are renamed first."""
+    """Load an adapter folder or file onto a model; see :func:`load_adapter`.
+
+    With ``fit``, the tensors of the folder are renamed first, for ``match="graph"``.
+    """
     folder = _folder(directory, adapter_name)
     tensors, config, metadata = _read(folder, model, component)
     if fit is not None:
@@ -492,7 +495,10 @@ def _place_base_values(
     folder: Path,
     read: Read | None,
 ) -> None:
-    """Place the folder's values of base weights, if they differ. They are active only with the adapter."""
+    """Give an adapter the folder's copies of base weights, if they differ from the weights of the model.
+
+    They replace the base's weights only while the adapter is active.
+    """
     record = adapter_record(target, adapter_name)
     base_values = given_values(target, record, tensors, by_hand_in(metadata), read)
     if base_values:
@@ -505,7 +511,7 @@ def _place_base_values(
 
 
 def _check_how(model: nn.Module, how: Mapping[str, Any], deploy: object) -> None:
-    """Raise if arguments for a rewrite are passed with a model that is rewritten already."""
+    """Raise if arguments that say how to rewrite a model are passed with a model that is rewritten."""
     if record_of(model) is None:
         return
     if how["example_inputs"] is not None or how["frontend"] != "auto":
@@ -533,7 +539,7 @@ def _moved(
     how: Mapping[str, Any],
     fit: Callable[..., Migration],
 ) -> tuple[Mapping[str, torch.Tensor], LoraConfig, dict[str, str]]:
-    """Return the contents of a folder under the names of the model."""
+    """Return the contents of a folder after migration: with the names and forms of the given model."""
     inputs = how["example_inputs"]
     moved = fit(model, tensors, config, example_inputs=inputs, written=_entries(folder))
     moved.check()
@@ -564,7 +570,7 @@ def _prove(
     folder: Path,
     before: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
-    """Compare the outputs with the receipt of the folder, if it has one.
+    """Check a migrated adapter: compare its outputs with the receipt of the folder, if there is one.
 
     Raises:
         CheckpointError: If the outputs differ from the receipt. The adapter's earlier values are restored
@@ -703,7 +709,7 @@ def _extend(
     folder: Path,
     adapter_name: str,
 ) -> None:
-    """Add an adapter without values to a rewritten model."""
+    """Add the adapter of a folder to a rewritten model. Its values are loaded later."""
     try:
         put_adapter(model, exact, adapter_name)
     except NoMatchError as error:
@@ -740,7 +746,7 @@ def _matches_nothing(
 def _remedy(
     model: nn.Module, tensors: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path
 ) -> list[str]:
-    """Return the advice to use ``match="graph"``, if that finds every matrix; else an empty list."""
+    """Return the advice to use ``match="graph"`` if a migration would succeed; else an empty list."""
     moved = move_adapter(model, tensors, config, written=_entries(folder))
     if moved.problems or not moved.changed:
         return []
@@ -753,7 +759,7 @@ def _remedy(
 
 
 def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:
-    """Return the reasons why sites in a folder are not adapted although the model has the operations."""
+    """Return the reasons why operations that a folder targets cannot be adapted, for an error."""
     if record_of(model) is not None:
         return []
     try:

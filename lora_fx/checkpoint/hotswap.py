@@ -186,12 +186,15 @@ def _variant(row: PlannedSite) -> tuple[object, ...]:
 
 
 def _sized_by_rank(row: PlannedSite) -> bool:
-    """Return True if a tensor of the kind, besides A and B, has the rank in its shape."""
+    """Return True if a site has tensors besides A and B whose shapes depend on the rank.
+
+    Padding A and B with zeros is not enough for such a site.
+    """
     return any(RANK in slot.shape for slot in kind_of(row).slots(row.site))
 
 
 def _difference(new: PlannedSite, old: PlannedSite) -> str:
-    """Return the fields of a configuration that differ."""
+    """Return the fields of a configuration in which two versions of a site differ, for an error."""
     kinds = (kind_of(new), kind_of(old)) if _variant(new)[:2] != _variant(old)[:2] else ()
     named = (kind for kind in kinds if kind.name != "lora")
     fields: dict[str, None] = {kind.field: None for kind in named}

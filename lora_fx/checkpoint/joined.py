@@ -46,7 +46,7 @@ class _Member:
     Attributes:
         row: The site.
         keys: Keys of the site's A and B.
-        rows: Range of the outputs that it computes (start, stop).
+        rows: Range of the outputs that the site computes (start, stop).
     """
 
     row: PlannedSite
@@ -56,7 +56,7 @@ class _Member:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
-    """An A and a B of PEFT.
+    """The factors A and B of one adapter of PEFT, which contain the factors of several sites.
 
     Attributes:
         keys: Keys of A and B.
@@ -64,7 +64,7 @@ class Pair:
             [in, out].
         sizes: Numbers of inputs and outputs of the whole weight.
         members: The sites in the pair.
-        times: Number of times that PEFT adds the product.
+        times: Number of times that PEFT adds the product of A and B to the output.
     """
 
     keys: tuple[str, str]
@@ -75,16 +75,16 @@ class Pair:
 
     @property
     def rank(self) -> int:
-        """The sum of the members' ranks."""
+        """The rank of the pair if its members do not share an A: the sum of their ranks."""
         return sum(member.row.rank for member in self.members)
 
     def shape(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return the shapes of the two stored factors."""
+        """Return the shapes of the two stored factors for a rank: [rank, inputs] and [outputs, rank]."""
         first, last = self.sizes[::-1] if self.crossed else self.sizes
         return (rank, first), (last, rank)
 
     def turned(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Convert A and B to the stored factors, or back."""
+        """Convert A and B to the stored factors, or back. They change only if ``crossed`` is set."""
         return (b.T, a.T) if self.crossed else (a, b)
 
 
@@ -114,16 +114,16 @@ class Joined:
 
     @property
     def scale(self) -> float:
-        """The common scale: the scale with the largest magnitude among the members."""
+        """The scale of the joined adapter: the largest scale of the members, by magnitude."""
         return max((member.row.scale for member in self.members), key=abs)
 
     @property
     def rank(self) -> int:
-        """The rank if no factors are shared."""
+        """The rank to store if members do not share an A: the largest rank of the pairs."""
         return max(pair.rank for pair in self.pairs)
 
     def alpha(self, rank: int) -> float:
-        """Return the alpha that gives the whole its scale at a rank."""
+        """Return the alpha that gives the joined adapter its scale at a rank."""
         return self.scale * (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def packed(self, tensors: Tensors) -> int:
@@ -147,7 +147,7 @@ class Joined:
             scale: Scale of the adapter in the file.
 
         Returns:
-            The keys of members that need no further lookup, and the problems.
+            The keys of members in faulty pairs, which are not to be reported as missing, and the problems.
         """
         done: set[str] = set()
         problems: list[str] = []
@@ -229,7 +229,7 @@ def _keys(holder: str) -> tuple[str, str]:
 
 
 def _shares(pair: Pair, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Return True if all members have the same A, so that it is stored once."""
+    """Return True if all sites in a pair have the same A, so that A is stored once."""
     factors = [tensors[member.keys[0]] for member in pair.members]
     return all(torch.equal(factor, factors[0]) for factor in factors[1:])
 
@@ -271,7 +271,10 @@ def _parts(pair: Pair, a: torch.Tensor, b: torch.Tensor, scale: float) -> Tensor
 
 
 def _blocks(pair: Pair, rank: int) -> Iterator[tuple[_Member, slice]]:
-    """Yield the members with their part of the rank: the whole rank if they share A, else a slice."""
+    """Yield each site in a pair with its slice of the pair's rank.
+
+    The slice is the whole rank if the sites share an A.
+    """
     shared = all(member.row.rank == rank for member in pair.members)
     start = 0
     for member in pair.members:
@@ -337,7 +340,7 @@ def wrapped_parameters(model: nn.Module, config: LoraConfig) -> dict[str, list[s
 def stored_targets(
     model: nn.Module, config: LoraConfig, keys: Iterable[str], parts: Parts
 ) -> list[Target]:
-    """Return the targets of the factors among the keys, in the order of the keys.
+    """Return the modules and parameters that a folder has factors for, in the order of the keys.
 
     Args:
         model: The model, rewritten or not.

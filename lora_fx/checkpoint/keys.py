@@ -213,9 +213,9 @@ class Slot:
         key: PEFT's key, without :data:`PREFIX`.
         name: FQN of the tensor in the model.
         tensor: The parameter or buffer itself.
-        form: The form in which it is stored.
+        form: The form in which the tensor is stored.
         required: True if a checkpoint without it is incomplete.
-        alias: True if the key is an additional name of a slot: it is read, but not written.
+        alias: True if the key is an additional name of a tensor. Such keys are read, but not written.
         remedy: The end of the message if a checkpoint has a tensor of another shape: what to do.
     """
 
@@ -331,7 +331,7 @@ def _base_slots(
 
 
 def _under(slot: Slot, holder: str, names: Iterable[str]) -> Iterator[Slot]:
-    """Yield the same slot under other names of its module."""
+    """Yield a slot again for other names of the module ``holder``; nothing if the slot is elsewhere."""
     if slot.key.startswith(f"{holder}."):
         for name in names:
             key = name + slot.key.removeprefix(holder)
@@ -408,7 +408,7 @@ def _kind_slots(
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Map the first name of a module to its other names, if the model has its block under several names.
+    """Map the first name of a module to its other names, if a parent module has several names.
 
     Current PEFT writes only the first name; older versions wrote all of them. If a parent holds a module
     twice, PEFT adapts only the first.

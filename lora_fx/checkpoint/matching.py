@@ -33,11 +33,11 @@ _SHORT: Final = 0.75
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Named:
-    """A matrix by its name.
+    """A matrix to match, with the properties that another matrix needs to fit.
 
     Attributes:
         name: The name; an index of a stack follows in brackets.
-        shape: Its shape.
+        shape: The shape of the matrix.
         kind: "embedding" or "linear"; empty if it may be either.
         turned: True if the shape may be [in, out] as well as [out, in].
     """
@@ -48,7 +48,7 @@ class Named:
     turned: bool = False
 
     def is_like(self, other: Named) -> bool:
-        """Return True if another matrix has the shape and the kind."""
+        """Return True if another matrix has a shape and a kind that this matrix may have."""
         shapes = (self.shape, self.shape[::-1]) if self.turned else (self.shape,)
         return other.shape in shapes and self.kind in ("", other.kind)
 
@@ -83,7 +83,10 @@ class _Family:
     members: dict[tuple[str, ...], Named]
 
     def rule(self, other: _Family) -> tuple[str, str]:
-        """Return the beginnings of both names, without the equal parts at their ends."""
+        """Return the different beginnings of two names, such as ``model`` and ``transformer``.
+
+        The beginnings are left after equal parts at the ends of both names are removed.
+        """
         mine, theirs = (
             family.pattern.removesuffix(".weight").split(".") for family in (self, other)
         )
@@ -92,12 +95,12 @@ class _Family:
         return ".".join(mine), ".".join(theirs)
 
     def words(self, skipped: int = 0) -> list[str]:
-        """Return the words of the name, without some of its first parts."""
+        """Return the words of the name, without its first ``skipped`` parts."""
         tail = ".".join(self.pattern.removesuffix(".weight").split(".")[skipped:])
         return [word.lower() for word in _WORD.findall(tail)]
 
     def takes(self, other: _Family) -> bool:
-        """Return True if this family has a member like each member of another."""
+        """Return True if each member of another family has a fitting member with equal numbers here."""
         return all(
             numbers in self.members and member.is_like(self.members[numbers])
             for numbers, member in other.members.items()
@@ -155,7 +158,7 @@ def _settle(
     rules: Collection[tuple[str, str]],
     skipped: int,
 ) -> list[tuple[_Family, _Family, float]]:
-    """Return the families that are nearest to each other, with the share of common words."""
+    """Return the pairs of families that are each other's best match, with their share of common words."""
     scores: dict[_Family, dict[_Family, float]] = defaultdict(dict)
     back: dict[_Family, dict[_Family, float]] = defaultdict(dict)
     shares: dict[tuple[_Family, _Family], float] = {}
@@ -181,14 +184,14 @@ def _settle(
 
 
 def _only_best(scores: Mapping[_Family, float]) -> _Family | None:
-    """Return the key of the largest value; None if several have it."""
+    """Return the family with the highest score; None if several families have this score."""
     most = max(scores.values())
     best = [family for family, score in scores.items() if score > most - 1e-6]
     return best[0] if len(best) == 1 else None
 
 
 def _common_beginning(names: Sequence[list[str]]) -> int:
-    """Return the number of first parts that all names have in common."""
+    """Return the number of parts at the beginning that are the same in all names."""
     first, last = min(names, default=[]), max(names, default=[])
     return next(
         (i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]),
@@ -197,7 +200,10 @@ def _common_beginning(names: Sequence[list[str]]) -> int:
 
 
 def _alike(family: _Family, other: _Family, skipped: int) -> float:
-    """Return the share of common words, with or without the beginning that all names have in common."""
+    """Return the share of words that the names of two families have in common.
+
+    It is the larger share of two: with all words of the first name, and without its first ``skipped`` parts.
+    """
     words = other.words()
     return max(_common(family.words(count), words) for count in (0, skipped))
 

@@ -55,7 +55,7 @@ class Matrix:
     Attributes:
         name: Its name: the FQN of a parameter, or a name that the matrix has elsewhere.
         shape: Its shape. A kernel or a vector has its own shape and no blocks.
-        blocks: The parts of parameters that hold it.
+        blocks: The parts of parameters that hold the matrix.
         whole: FQN of the parameter that has these values, in this order; empty if there is none.
         origin: Where the name comes from: "model", "transformers" or "parts".
     """
@@ -83,11 +83,11 @@ class Matrices:
         return name if self._former is None else self._former.renamed(name)
 
     def at(self, name: str, expert: int | None = None) -> Matrix | None:
-        """Return the matrix of a name, or None.
+        """Return the matrix with this name, or None if the model has none.
 
         Args:
             name: FQN of a parameter, or a name of a tensor in checkpoints.
-            expert: The matrix of a stack.
+            expert: Index of the matrix in a stack; None if the parameter is no stack.
         """
         if name in self.parameters:
             return _of_parameter(name, self.parameters[name], expert)
@@ -97,7 +97,7 @@ class Matrices:
         return self._of_group(group).get(_numbered(name, expert))
 
     def orientation(self, parameter: str) -> bool:
-        """Return True if the last two dimensions of a parameter are [in, out] for PEFT."""
+        """Return True if PEFT reads the last two dimensions of a parameter as [in, out]."""
         owner, _, _ = parameter.rpartition(".")
         module = self.model.get_submodule(owner)
         if len(self.parameters.get(parameter, ())) == 3:
@@ -105,7 +105,7 @@ class Matrices:
         return is_conv1d(module)
 
     def all(self, sites: Iterable[Site] = ()) -> Iterator[Matrix]:
-        """Yield the matrices.
+        """Yield all matrices of the model: parameters, experts of stacks, converted tensors, and parts.
 
         Args:
             sites: Operations of the model, whose parts become matrices.
@@ -130,7 +130,7 @@ class Matrices:
         """Return the smaller matrices that a parameter consists of; none if it is a single matrix.
 
         Args:
-            parameter: Its FQN.
+            parameter: FQN of the parameter.
             sites: Operations of the model, whose parts are matrices.
         """
         group = next(
@@ -181,7 +181,7 @@ def _numbered(name: str, expert: int | None) -> str:
 
 
 def _of_parameter(name: str, shape: tuple[int, ...], expert: int | None) -> Matrix:
-    """Return the matrix of a parameter, or of one matrix in a stack."""
+    """Return a parameter, or one expert in a stack of matrices, as a :class:`Matrix`."""
     if len(shape) == 2 or (len(shape) == 3 and expert is not None):
         first, last = (torch.arange(size) for size in shape[-2:])
         block = Block(name, expert, first, last, first, last)
@@ -219,12 +219,17 @@ def _traced(
     shapes: Mapping[str, tuple[int, ...]],
     parts: Mapping[str, tuple[int, ...]],
 ) -> list[_Traced]:
-    """Return the matrices of each tensor that a conversion makes of parameters, with their blocks.
+    """Find out which values of parameters each result of a conversion consists of.
+
+    The conversion is run on tensors of indices, so that its results show where each value comes from.
 
     Args:
         group: The conversion.
         shapes: The shapes of the parameters.
-        parts: The shapes of the tensors.
+        parts: The shapes of the tensors that the conversion computes.
+
+    Returns:
+        The matrices of each such tensor, with their blocks.
     """
     lines: dict[str, list[list[_Line | None]]] = {name: [] for name in parts}
     for axis in (None, -3, -2, -1):
@@ -247,7 +252,7 @@ def _traced(
 def _indices_along(shape: tuple[int, ...], axis: int | None, number: int) -> Tensor:
     """Return a tensor that holds for each value its index along a dimension, with 16 bits if they suffice.
 
-    It is -1 if there is no such dimension. Without ``axis``, it holds ``number``.
+    The index is -1 if there is no such dimension. If ``axis`` is None, each value is ``number``.
     """
     dtype = torch.int16 if max(shape) < 2**15 else torch.int32
     if axis is None or -axis > len(shape):
@@ -263,7 +268,10 @@ _Line: TypeAlias = "tuple[int, Tensor]"
 
 
 def _line(grid: Tensor) -> _Line | None:
-    """Return the dimension along which the entries vary, 0 if all are equal, None if they vary along both."""
+    """Return the dimension along which the entries of a matrix vary, and the entries along it.
+
+    The dimension is 0 if all entries are equal. The result is None if the entries vary along both.
+    """
     for axis in (0, 1):
         along = grid.select(1 - axis, 0)
         if bool((grid == along.unsqueeze(1 - axis)).all()):
@@ -276,16 +284,20 @@ def _varies(line: _Line) -> bool:
 
 
 def _spread(line: _Line, dimension: int, size: int) -> Tensor:
-    """Return the entries along a dimension. If they vary along the other dimension, repeat the first one."""
+    """Return ``size`` entries of a matrix along a dimension, from the result of :func:`_line`.
+
+    If the entries vary along the other dimension, the first entry is repeated.
+    """
     axis, along = line
     return along if axis == dimension and len(along) == size else along[:1].expand(size)
 
 
 def _blocks(lines: Sequence[_Line | None], shape: tuple[int, ...]) -> list[tuple[Any, ...]]:
-    """Return the blocks of a matrix: number of the parameter, and the other fields of a Block.
+    """Return the blocks of a matrix as tuples: index of the parameter, then other fields of a Block.
 
     Args:
-        lines: The number of the parameter of each value, and its three indices. -1 stands for no expert.
+        lines: Results of :func:`_line` for the index of the parameter that each value comes from, and for its
+            three indices there. -1 stands for no expert.
         shape: The shape of the matrix.
     """
     known = [line for line in lines if line is not None]

@@ -66,7 +66,7 @@ class Move:
         reason: "same name"; "transformers" for its conversion of checkpoints; "names and shapes"; or "order
             of execution".
         confidence: 1 for a rule that is exact. For names and shapes, the share of words in common.
-        part: The rows or columns of that parameter; empty for all.
+        part: The rows or columns of the new parameter; empty for all.
     """
 
     old: str
@@ -86,7 +86,7 @@ class Migration:
         problems: Names that are ambiguous, or that nothing in the model fits. If there are any, nothing is
             loaded.
         tensors: The tensors by PEFT's keys for the new model, without the prefix; empty with problems.
-        config: The configuration that names their targets.
+        config: The configuration for these tensors.
         model: The class of the model.
     """
 
@@ -169,8 +169,8 @@ class _Adapter:
     """A module or a parameter of the folder with its tensors.
 
     Attributes:
-        weight: FQN of its weight in the old model.
-        name: The name that the configuration knows it by.
+        weight: FQN of the adapted weight in the old model.
+        name: The name of the module or parameter in the configuration.
         values: The tensors, by the last part of the key, such as ``lora_A.weight``.
         keys: The whole keys, by the same part.
     """
@@ -210,7 +210,7 @@ class _Item:
         adapter: The adapter.
         name: Name of the matrix.
         expert: Index of the expert, if the adapter is for a stack of experts.
-        shape: Its shape, as it is stored.
+        shape: The shape of the matrix, as it is stored.
         pick: A function that returns the factors of the matrix, [rows, r] and [r, columns].
         whole: True if the adapter consists of this matrix alone.
     """
@@ -244,7 +244,7 @@ class _Part:
 
 
 class _Migrator:
-    """The moves of matrices that a migration has found so far, and the problems."""
+    """A migration while it runs: the moves of matrices so far, and the problems."""
 
     def __init__(
         self,
@@ -316,7 +316,10 @@ class _Migrator:
         return adapters, raw
 
     def _wrapped(self, module: str, count: int) -> list[str]:
-        """Return the parameters of a module that are adapted, the innermost first; "" for its weight."""
+        """Return the adapted parameters of a module, in the order of PEFT's wrappers, the innermost first.
+
+        The module's own weight is an empty string.
+        """
         entries = self.config.target_parameters or ()
         leaves = []
         for entry in entries:
@@ -363,7 +366,7 @@ class _Migrator:
         return self._like(adapter, adapter.weight) and not self._is_swapped(adapter, adapter.weight)
 
     def _like(self, adapter: _Adapter, parameter: str) -> bool:
-        """Return True if an adapter is of the shape and the kind of a whole parameter."""
+        """Return True if the shape and the kind of an adapter fit a whole parameter of the model."""
         shape = self.state[parameter]
         if not adapter.has_factors:
             return True
@@ -416,7 +419,11 @@ class _Migrator:
         self.moves.append(Move(adapter.name, adapter.name, "unchanged", "same name"))
 
     def _move_by_rules(self, adapter: _Adapter) -> list[_Item]:
-        """Move an adapter by the conversions of transformers. Return the matrices that they do not know."""
+        """Move an adapter to the parameter of the same name, or by the conversions of transformers.
+
+        Returns:
+            The matrices of the adapter that these rules do not move.
+        """
         if adapter.weight in self.state and self._like(adapter, adapter.weight):
             self._move_whole(adapter, adapter.weight, "same name", 1.0)
             return []
@@ -458,7 +465,7 @@ class _Migrator:
             )
 
     def _divided(self, item: _Item) -> Iterator[_Item]:
-        """Yield the parts of a matrix, if the old model has names for them; else the matrix itself."""
+        """Yield the parts of a fused matrix for which the old model has names; else the matrix itself."""
         matrices = self.source
         weight = item.adapter.weight
         if matrices is None or weight not in matrices.parameters or len(item.shape) != 2:
@@ -486,7 +493,11 @@ class _Migrator:
             )
 
     def _known_raw(self, name: str, value: Tensor) -> bool:
-        """Move a tensor that is not a factor, if the model has its name or the name from transformers."""
+        """Move a tensor that is not a factor, if the model has its name or the name from transformers.
+
+        Returns:
+            True if the tensor was moved.
+        """
         bare = _bare(name)
         if bare in self.state:
             self.raw[name] = (name, value)
@@ -550,7 +561,7 @@ class _Migrator:
         return f"{owner}.{item.expert}.{leaf}"
 
     def _free(self, sites: Iterable[Site]) -> Iterator[Matrix]:
-        """Yield the matrices that no matrix is moved to yet."""
+        """Yield the matrices and buffers of the model to which nothing of the folder is moved yet."""
         for matrix in self.matrices.all(sites):
             parameters = {block.parameter for block in matrix.blocks} | {matrix.whole}
             taken = {matrix.name, *(f"{name}#" for name in parameters)} & self.claimed
@@ -574,7 +585,11 @@ class _Migrator:
         return matrix.shape[::-1] if turned else matrix.shape
 
     def _by_order(self, items: list[_Item]) -> list[_Item]:
-        """Match by the order of execution, if both models run equal operations. Return the other matrices."""
+        """Match matrices by the order of execution, if both models run equal operations.
+
+        Returns:
+            The matrices that are not matched.
+        """
         if self.source is None:
             return items
         old = [site for site in self._source_sites if site.rows is None]
@@ -673,7 +688,7 @@ class _Migrator:
     # --- the result -------------------------------------------------------------------------------
 
     def _written(self) -> tuple[dict[str, Tensor], LoraConfig]:
-        """Return the tensors and the configuration for the model."""
+        """Return the migrated adapter: its tensors by the names of the new model, and its configuration."""
         config = self._renamed_config()
         targets = stored_targets(self.model, config, self.kept, {})
         tensors: dict[str, Tensor] = {}
@@ -712,7 +727,10 @@ class _Migrator:
         return tensors, exact
 
     def _kept_tensors(self, stacked: set[str]) -> dict[str, Tensor]:
-        """Return the tensors that keep their name, with the wrappers that their module now has."""
+        """Return the tensors that keep their name.
+
+        The number of ``base_layer`` in a key changes if more parameters of the module are adapted now.
+        """
         tensors = {}
         for key, value in self.kept.items():
             match = _LEAF.fullmatch(key)
@@ -726,7 +744,7 @@ class _Migrator:
         return tensors
 
     def _as_module(self, parameter: str) -> bool:
-        """Return True if PEFT adapts the module of a weight, and not the parameter."""
+        """Return True if PEFT adapts a weight by wrapping its module, and False for a bare parameter."""
         owner, _, leaf = parameter.rpartition(".")
         module = self.modules[owner]
         return leaf == "weight" and (isinstance(module, _KINDS) or is_conv1d(module))
@@ -735,7 +753,7 @@ class _Migrator:
         return parameter.rpartition(".")[0] if self._as_module(parameter) else parameter
 
     def _prefix(self, parameter: str, stacked: set[str]) -> str:
-        """Return the name of the wrapper of a parameter, or of a module."""
+        """Return the beginning of the keys of a parameter's factors: its module, or PEFT's wrapper in it."""
         owner, _, _ = parameter.rpartition(".")
         if self._as_module(parameter):
             return owner
@@ -839,7 +857,7 @@ def _full(leaf: str) -> str:
 
 
 def _up_to(name: str, entry: str) -> str | None:
-    """Return the name of the outermost module around a tensor whose name ends in ``entry``, or None."""
+    """Return the shortest beginning of a tensor's name, in whole parts, that ends in ``entry``, or None."""
     atoms = name.split(".")
     for stop in range(1, len(atoms)):
         if ".".join(atoms[:stop]).endswith(entry):
@@ -862,7 +880,13 @@ def _pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def _factors_of_block(
     pick: Callable[[], tuple[Tensor, Tensor]], block: Block, turned: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors of one block of an old parameter."""
+    """Return the factors of one block, cut out of the factors of the old parameter.
+
+    Args:
+        pick: A function that returns the factors of the parameter.
+        block: The part of the parameter.
+        turned: True if PEFT reads the parameter as [in, out].
+    """
     left, right = pick()
     if turned:
         left, right = right.T, left.T
@@ -879,7 +903,7 @@ def _form(site: Site) -> tuple[object, ...]:
 
 
 def _sites_of(model: nn.Module, example_inputs: Any) -> tuple[Site, ...]:
-    """Return the operations of a model in the order of execution; none if it cannot be captured."""
+    """Return the sites of a model in the order of execution; none if the model cannot be captured."""
     if record_of(model) is not None:
         return ()
     try:

@@ -156,15 +156,15 @@ class _Configs(dict[str, Any]):
     """Configurations of PEFT by the names of the adapters. It refuses new entries, which PEFT would add."""
 
     def __setitem__(self, name: str, config: Any) -> None:
-        """Raise before PEFT has changed the model."""
+        """Raise, because a new entry means that PEFT is about to adapt the model itself."""
         self.update({name: config})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle it as a plain dict."""
+        """Copy and pickle the configurations as a plain dict."""
         return dict, (dict(self),)
 
     def update(self, *_: Any, **__: Any) -> None:
-        """Raise before PEFT has changed the model."""
+        """Raise, because new entries mean that PEFT is about to adapt the model itself."""
         raise ConfigError(
             f"PEFT was asked to adapt a model that has adapters of lora-fx ({some(list(self))}): give "
             "peft_config=None to a trainer that trains these, lora_fx.add_adapter(model, config, name) adds "
@@ -202,7 +202,7 @@ def _check_options(call: str, options: Mapping[str, Any]) -> None:
     """Raise if an unknown option would change something.
 
     Raises:
-        ConfigError: If there is such an option. The message names the first.
+        ConfigError: If such an option is set. The message names the first one.
     """
     for name, value in options.items():
         if name not in _NEUTRAL and value is not None:
@@ -348,11 +348,11 @@ class _TunerModel(_Tuner, nn.Module):
 
     Attributes:
         model: The model that runs: the rewritten model, or its merged copy.
-        waiting: The rewritten model while the merged one runs. It is in a tuple, so that it is no child
-            module then.
+        waiting: The rewritten model while the merged copy runs. A tuple holds it, so that it is no child
+            module.
         merged: The merged copy from ``merge_adapter`` until ``unmerge_adapter``. While adapters are disabled,
             it does not run.
-        merged_names: The adapters that are merged in it.
+        merged_names: The adapters in the merged copy.
         configs: PEFT's configurations from earlier calls.
     """
 
@@ -379,7 +379,11 @@ class _TunerModel(_Tuner, nn.Module):
             return getattr(nn.Module.__getattr__(self, "model"), name)
 
     def run_merged(self, merged: bool) -> None:
-        """Run the merged copy if there is one, or the rewritten model."""
+        """Choose the model that runs.
+
+        Args:
+            merged: True for the merged copy, if there is one. Otherwise the rewritten model runs.
+        """
         adapted = self.waiting[0] if self.waiting else self.model
         self.waiting = (adapted,) if merged and self.merged else ()
         before, self.model = self.model, self.merged[0] if self.waiting else adapted
@@ -387,23 +391,23 @@ class _TunerModel(_Tuner, nn.Module):
             self.model.train(before.training)
 
     def _idle(self) -> list[nn.Module]:
-        """Return the rewritten model or its merged copy if it does not run."""
+        """Return the model that does not run at the moment: the rewritten model, or its merged copy."""
         return [model for model in (*self.waiting, *self.merged) if model is not self.model]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the idle model as well."""
+        """Move or cast both models: the model that runs, and the model that does not."""
         for model in self._idle():
             model._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze or unfreeze the waiting model, not its merged copy."""
+        """Freeze or unfreeze the rewritten model, and never its merged copy."""
         for model in self.waiting or (self.model,):
             model.requires_grad_(requires_grad)
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of the waiting model as well."""
+        """Clear the gradients of the model that runs, and of the rewritten model if it does not run."""
         for model in (self.model, *self.waiting):
             model.zero_grad(set_to_none)
 
@@ -433,7 +437,7 @@ class _Adapted(_Tuner):
         self.register_load_state_dict_pre_hook(_with_our_names)  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copy and pickle by the state, because the class is created dynamically."""
+        """Copy and pickle the object by its state, because its class is created dynamically."""
         return _blank, (), vars(self)
 
     @classmethod
@@ -515,11 +519,11 @@ class _Adapted(_Tuner):
             yield
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state.
+        """Return the state dict.
 
         Raises:
-            ConfigError: If PEFT's ``get_peft_model_state_dict`` is the caller, which would find no factors in
-                it.
+            ConfigError: If PEFT's ``get_peft_model_state_dict`` is the caller, because it would find no
+                factors of PEFT.
         """
         if sys._getframe(1).f_globals.get("__name__") == _STATES_OF_PEFT:
             raise ConfigError(
@@ -530,7 +534,7 @@ class _Adapted(_Tuner):
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]  # of the other base
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode. Before training, warn of checkpoints that accelerate could not write."""
+        """Set the training mode. Before training, warn of checkpoints that accelerate could not write."""
         if mode and not self._is_warned and _has_sharded_checkpoints():
             self._is_warned = True
             _log.warning(
@@ -674,7 +678,8 @@ def _with_our_names(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
     """Rename PEFT's names of factors in a state dict to lora_fx's names.
 
     Raises:
-        ConfigError: If it has the names of a folder, as from PEFT's ``set_peft_model_state_dict``.
+        ConfigError: If the state dict has the names of a folder, as from PEFT's
+            ``set_peft_model_state_dict``.
     """
     if any(_IN_FOLDER.search(name) for name in state):
         raise ConfigError(

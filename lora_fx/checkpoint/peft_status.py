@@ -25,7 +25,7 @@ class _Layer:
 
     Attributes:
         kind: PEFT's name of the layer's class.
-        whole: True for trained rows or modules, which replace the base's.
+        whole: True if the trained rows or modules replace those of the base.
         scheme: Name of the weight format; None for a plain tensor.
         tensors: The tensors of each adapter, by the adapter's name.
     """
@@ -150,7 +150,7 @@ def _factors(model: nn.Module, row: PlannedSite, adapter: str) -> Iterator[Tenso
 
 
 def _agreed(tensors: Collection[Tensor]) -> bool | str:
-    """Return True if all tensors are trained, False if none is, else PEFT's word "irregular"."""
+    """Return True if all tensors require a gradient, False if none does, else PEFT's word "irregular"."""
     answers = {tensor.requires_grad for tensor in tensors}
     return "irregular" if len(answers) > 1 else answers == {True}
 

@@ -79,7 +79,8 @@ class Verdict:
         verdict: "applied", "not applied", "applied with another scale", "another base", or "applied
             otherwise". The last means that the answer is neither the base nor the adapter at any scale: a
             transposed factor, a missing layer, or another base if the base could not be asked.
-        scale: The scale at which it is applied, as a multiple of the adapter's scale; None if no scale fits.
+        scale: The scale at which the adapter is applied, as a multiple of the adapter's scale; None if no
+            scale fits.
         evidence: Distances, each as a share of the adapter's effect.
     """
 
@@ -110,7 +111,7 @@ class Receipt:
     """The effect of an adapter on a few inputs, by which copies of the adapter are recognized elsewhere.
 
     Attributes:
-        inputs: These inputs by name; ``""`` if the model is called with a single tensor.
+        inputs: The inputs by name; ``""`` if the model is called with a single tensor.
         chosen: Indices of the compared tokens of each row, or of the compared elements of the output.
         answers: The answers by scale of the adapter: log-probabilities [rows, tokens], or elements.
         tokens: True if the model gives logits of tokens.
@@ -148,7 +149,7 @@ class Receipt:
             ) from error
 
     def judge(self, answer: Tensor, base: Tensor | None = None) -> Verdict:
-        """Judge a runtime by its answer.
+        """Decide from the answer of a runtime whether and how it applies the adapter.
 
         Args:
             answer: The values of :meth:`read`, with the adapter; NaN if unknown.
@@ -216,7 +217,7 @@ def main_output(outputs: Any) -> Tensor:
     """Return the logits among a model's outputs, or the first floating-point tensor.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such tensor.
     """
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
     leaves = [logits] if logits is not None else pytree.tree_leaves(outputs)
@@ -227,7 +228,7 @@ def main_output(outputs: Any) -> Tensor:
 
 
 def _mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the mask of the logits' tokens: the decoder's mask, if there is a decoder."""
+    """Return the attention mask for the tokens of the logits: the decoder's, if there is a decoder."""
     decoder = any(name.startswith("decoder_") for name in inputs)
     return inputs.get("decoder_attention_mask" if decoder else "attention_mask")
 
@@ -322,7 +323,7 @@ def judge_model(model: nn.Module, adapter_name: str, receipt: Receipt) -> Verdic
 
 
 def _likeliest(outputs: Mapping[float, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    """Return the tokens that a server reports with the adapter and without it: [rows, 2 n]."""
+    """Return the n likeliest next tokens with and without the adapter, as servers report: [rows, 2 n]."""
     ends = [_last(outputs[scale], _mask(inputs)) for scale in (0.0, 1.0)]
     count = min(_TOKENS, ends[0].shape[-1])
     return torch.cat([logits.topk(count).indices for logits in ends], 1)
@@ -335,10 +336,10 @@ def _spread_over(output: Tensor) -> Tensor:
 
 
 def _check_effect(receipt: Receipt, adapter_name: str) -> None:
-    """Raise if the answers of a receipt are useless.
+    """Raise if the answers of a new receipt cannot tell the adapter from the base.
 
     Raises:
-        ConfigError: If they are not finite, or the adapter hardly changes them.
+        ConfigError: If the answers are not finite, or the adapter hardly changes them.
     """
     answers, tokens = receipt.answers, receipt.tokens
     compared = answers[0.0], answers[1.0]
@@ -384,7 +385,7 @@ def _scalable(model: nn.Module, adapter_name: str) -> bool:
 
 @contextmanager
 def _at_scale(twin: nn.Module, adapter_name: str, scale: float) -> Iterator[None]:
-    """Multiply the adapter's B by a number within the context; with 0 the base runs."""
+    """Run a model with the adapter's B multiplied by a number within the context; with 0, run the base."""
     if scale == 0.0:
         with disable_adapter(twin):
             yield
@@ -460,7 +461,7 @@ def read_receipt(directory: Path) -> Receipt:
 
 
 def _parse(path: Path) -> tuple[Receipt | None, Any]:
-    """Return a receipt and its format. The receipt is None if the format is not known."""
+    """Read a receipt, and the number of its file format. The receipt is None if the format is not known."""
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, "pt") as file:
         values: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])

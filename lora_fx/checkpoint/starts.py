@@ -54,11 +54,14 @@ class Converted:
     def parted(
         self, slots: Mapping[str, Slot], values: Iterable[tuple[Slot, torch.Tensor]]
     ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
-        """Return the values for the model's own slots, and the problems with them.
+        """Split saved values into values for the model's own slots, without the joined start.
 
         Args:
             slots: The model's own slots, by key.
             values: Values for the slots after conversion.
+
+        Returns:
+            The model's slots with their values, and a text for each start that is not the start of the model.
         """
         own_values: list[tuple[Slot, torch.Tensor]] = []
         problems: list[str] = []
@@ -135,10 +138,10 @@ def _split(site: Site, whole: torch.Tensor, is_b: bool) -> tuple[torch.Tensor, t
 
 
 def check_start(config: LoraConfig, folder: Path) -> None:
-    """Raise if the base of a folder cannot be computed again.
+    """Raise if the folder of an adapter does not tell how its initialization changed the base.
 
     Raises:
-        CheckpointError: If that would need data.
+        CheckpointError: If the initialization used data, which the folder does not have.
     """
     start = config.init_lora_weights
     if changes_base(start) and needs_data(start):
@@ -181,7 +184,7 @@ def repeat_start(model: nn.Module, adapter_name: str, config: LoraConfig) -> Non
 
 
 def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
-    """Return the reason why a folder cannot be loaded onto an existing adapter: its base differs."""
+    """Return a problem if an adapter in a folder and one in a model have different bases, else nothing."""
     ours, theirs = record.config, config
     own = set(record.own) - set(record.given)
     changed = bool({row.site.weight for row in record.sites} & own)

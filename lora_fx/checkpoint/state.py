@@ -247,7 +247,7 @@ def given_values(
     Args:
         model: A rewritten model with a new adapter.
         record: The adapter's record.
-        tensors: By key, without the prefix.
+        tensors: The tensors of the folder by key, without the prefix.
         by_hand: FQNs of the parameters that were trained by hand.
         read: A function that returns the values of a weight that is on the meta device, or None if they are
             unknown.
@@ -319,7 +319,7 @@ def place_given(
 
 
 def _with_values(weight: torch.Tensor, name: str, read: Read | None) -> torch.Tensor:
-    """Return a weight, or what ``read`` returns for it if it is on the meta device."""
+    """Return a weight. If it is on the meta device, return the values that ``read`` knows for it."""
     if read is None or not weight.is_meta:
         return weight
     values = read(name)
@@ -348,7 +348,7 @@ def _parameters(model: nn.Module, modules: Iterable[str]) -> Iterator[str]:
 
 
 def _resized(model: nn.Module, origin: str | None) -> bool:
-    """Return True if the base had a different vocabulary, as far as a local folder tells."""
+    """Return True if a local ``config.json`` of the base names another vocabulary size than the model has."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     path = Path(origin, "config.json") if origin else None
     if size is None or path is None or not path.is_file():
@@ -494,7 +494,7 @@ class Stored:
     """An adapter in PEFT's layout.
 
     Attributes:
-        tensors: By key, without the prefix. They are on the CPU, and no two share storage.
+        tensors: The tensors by key, without the prefix. They are on the CPU, and no two share storage.
         targets: The modules and parameters that PEFT adapts, with their ranks and alphas.
         joined: The targets that consist of several sites.
         own: Sites for which PEFT has no name.
@@ -575,7 +575,7 @@ def fitted(
         model: A rewritten model.
         record: The adapter's record.
         adapter: Its name.
-        tensors: By key, without the prefix.
+        tensors: The saved tensors by key, without the prefix.
         config: The configuration of the saved adapter; None if there is none.
         read: For a model on the meta device, the values of its base, as for :func:`given_values`.
 
@@ -629,7 +629,10 @@ def fitted(
 def _has_doubled_ranks(
     whole: Converted, layout: Layout, tensors: Mapping[str, torch.Tensor]
 ) -> bool:
-    """Return True if the factors have the ranks that :func:`stored` writes, and not those of the model."""
+    """Return True if saved factors have the ranks that :func:`stored` writes, and not those of the model.
+
+    The ranks are doubled if the start of the adapter is joined to the factors.
+    """
     shapes = {key: slot.shape for key, slot in whole.slots.items() if slot.name in whole.rows}
     for joined_target in joined_of(layout, whole.record):
         shapes |= {
@@ -644,10 +647,10 @@ def _has_doubled_ranks(
 
 
 def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tensor]]) -> None:
-    """Write the values of :func:`fitted`. If the adapter waited for data, it now has its values.
+    """Write loaded values into an adapter. An adapter that waited for data then has its values.
 
-    A tensor on the meta device is replaced by one with the values, on the CPU. If a write fails, the earlier
-    writes are undone.
+    The values are those of :func:`fitted`. A tensor on the meta device is replaced by one with the values, on
+    the CPU. If a write fails, the earlier writes are undone.
     """
     values = _replace_empty(model, values)
     called_by_all((slot.tensor for slot, _ in values), f"to load the adapter {adapter!r}")
@@ -668,7 +671,7 @@ def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tens
 def _replace_empty(
     model: nn.Module, values: Iterable[tuple[Slot, torch.Tensor]]
 ) -> list[tuple[Slot, torch.Tensor]]:
-    """Give memory and values to the slots that are on the meta device.
+    """Replace the tensors on the meta device by tensors on the CPU that have the loaded values.
 
     Returns:
         The slots that have memory already, with the values that are still to be written into them.
@@ -705,7 +708,7 @@ def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def changed(model: nn.Module) -> list[str]:
-    """Return the buffers of the base model whose values have changed since the rewrite."""
+    """Return the FQNs of the base's buffers whose values have changed since the rewrite."""
     record: Any = record_of(model)
     return [name for name, _ in changed_buffers(model, record)] if record is not None else []
 
@@ -790,7 +793,7 @@ def _to_peft(
     slots: Mapping[str, Slot],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Replace the magnitudes of the model by those that PEFT expects.
+    """Convert the magnitudes of grouped convolutions to the values that PEFT expects.
 
     Args:
         model: A rewritten model.
@@ -819,7 +822,7 @@ def _from_peft(
     whole: bool,
     read: Read | None = None,
 ) -> list[tuple[Slot, Tensor]]:
-    """Return the values with PEFT's magnitudes replaced by those of the model.
+    """Convert the magnitudes of grouped convolutions from PEFT's values to those of the model.
 
     Args:
         model: A rewritten model.
@@ -850,7 +853,7 @@ def _is_grouped(row: PlannedSite) -> bool:
 
 
 def _normed(row: PlannedSite) -> tuple[str, ...]:
-    """Return the names of the slots that are divided by the norm of the adapted weight: magnitudes."""
+    """Return the names of the slots of a site that are magnitudes: divided by the norm of the weight."""
     return tuple(slot.name for slot in kind_of(row).slots(row.site) if slot.normed)
 
 
@@ -862,7 +865,7 @@ def _ratios(
     whole: bool,
     read: Read | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the FQN of each magnitude, and the ratio of PEFT's number to the norm, [out] in fp64."""
+    """Yield the FQN of each magnitude of a grouped convolution, and the factor that gives PEFT's value."""
     for row in record.sites:
         if not _is_grouped(row):
             continue

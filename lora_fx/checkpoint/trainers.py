@@ -91,7 +91,7 @@ _NAMING = (
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A module to save: a rewritten model, or a module in one.
+    """A module on which a trainer calls ``save_pretrained``: a rewritten model, or a module in one.
 
     Attributes:
         root: The rewritten model.
@@ -106,7 +106,7 @@ class _Part:
     prefix: str
 
     def inside(self, name: str) -> str:
-        """Return the name in the module for a name in the root.
+        """Convert a name in the rewritten model to the name in the saved module.
 
         Raises:
             ConfigError: If the name is not in the module.
@@ -120,7 +120,7 @@ class _Part:
 
 
 def _part(module: nn.Module) -> _Part | None:
-    """Return the part of a rewritten model that a module is; None if it has no adapters."""
+    """Return the place of a module in its rewritten model; None if the module has no adapters."""
     record = record_of(module)
     if record is not None:
         return _Part(module, record, module, "")
@@ -160,7 +160,7 @@ def left_out_of_checkpoints(model: nn.Module, record: Record) -> frozenset[str]:
 
 
 def ignores_base(before: Any) -> property:
-    """Return a property for the names that transformers leaves out when it saves."""
+    """Return a property for the class attribute with the names that transformers leaves out when saving."""
 
     def get(self: nn.Module) -> Any:
         part = _part(self)
@@ -290,7 +290,10 @@ def _save(
 
 @contextmanager
 def _without_quantizer(model: nn.Module) -> Iterator[None]:
-    """Hide the quantizer of transformers, which may write the whole base under other names."""
+    """Hide the quantizer of transformers within the context.
+
+    The quantizer may write the whole base under other names.
+    """
     quantizer = model.__dict__.pop("hf_quantizer", None)
     try:
         yield
@@ -431,12 +434,10 @@ def _check_gathered(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
-    """Save the base of a model that has no known source, and return its path.
+    """Save the base in a subfolder, for a model whose base has no known source.
 
-    Args:
-        part: The model.
-        folder: The final folder.
-        staged: A staging folder, which replaces the final folder.
+    Returns:
+        The path of the saved base; None if the base is sharded and not saved.
     """
     if any(map(_is_in_parts, part.root.parameters())):
         _log.warning(
@@ -461,7 +462,7 @@ def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
 def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
     """Put the values of a state dict into a sharded model, and restore the shards at the end.
 
-    A trainer gathers them on every process but saves on only one, which cannot gather again.
+    A trainer gathers the values on every process, but saves on only one process, which cannot gather again.
     """
     swaps = [
         (module, leaf, parameter, state.get(join(fqn, leaf)))
@@ -713,7 +714,7 @@ def _write(module: nn.Module, folder: Path, *, write: bool) -> None:
 
 
 def _left_out(module: nn.Module) -> set[str]:
-    """Return the names in a module's state dict that a checkpoint of its rewritten models does not need."""
+    """Return the names in a trained module's state dict that no checkpoint needs, for all models in it."""
     return {
         join(prefix, name)
         for prefix, (model, record) in rewritten_models(module).items()

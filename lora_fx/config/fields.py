@@ -316,7 +316,7 @@ _NITER: Final = re.compile(r"pissa_niter_\d+")
 class FrozenPattern(FrozenOptions[_V]):
     """A read-only, hashable `dict` that keeps its order, because the first matching key wins.
 
-    Two of them are equal if they hold the same items in the same order. Compared with a plain mapping, the
+    Two patterns are equal if they hold the same items in the same order. Compared with a plain mapping, the
     order does not matter.
     """
 
@@ -330,7 +330,7 @@ class FrozenPattern(FrozenOptions[_V]):
 
 
 def bad(name: str, value: object, remedy: str) -> ConfigError:
-    """Return the error for a field: the value that it has, and a remedy."""
+    """Return the error for a field of `LoraConfig` whose value is not valid. `remedy` says what to do."""
     return ConfigError(f"LoraConfig.{name}: found {value!r}; {remedy}")
 
 
@@ -517,7 +517,7 @@ def _base_class(name: str, value: object) -> FrozenOptions[Any]:
 
 
 def _optional(check: _Check) -> _Check:
-    """Return the same check for a field that may be None."""
+    """Return a check that accepts None, and passes any other value to `check`."""
     return lambda name, value: None if value is None else check(name, value)
 
 
@@ -573,8 +573,8 @@ class _Foreign(NamedTuple):
     """A field of PEFT that lora_fx does not support.
 
     Attributes:
-        off: PEFT's default, which switches it off.
-        feature: The feature that it belongs to, for the error.
+        off: PEFT's default, which switches the field off.
+        feature: The feature that needs the field, for the error.
     """
 
     off: object
@@ -596,7 +596,7 @@ FOREIGN: Final[Mapping[str, _Foreign]] = {
 
 
 def is_off(value: object) -> bool:
-    """Return True if a value switches a feature off."""
+    """Return True if a value of a field switches its feature off: None, False or an empty collection."""
     if isinstance(value, Collection) and not isinstance(value, str):
         return not value
     return value is None or value is False
@@ -612,11 +612,11 @@ _SHORT: Final = {
     "target": "target_modules",
     "exclude": "exclude_modules",
 }
-"""Fields by their names in other libraries and on the command line."""
+"""Fields of `LoraConfig` by their names in other libraries and on the command line, for error texts."""
 
 
 def only_own(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop fields of other methods that are switched off.
+    """Return the fields of `LoraConfig`, without PEFT's other fields that are switched off.
 
     Args:
         values: Fields by name.
@@ -644,5 +644,5 @@ def only_own(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_runtime(name: str, value: object) -> bool:
-    """Return True for PEFT's `LoraRuntimeConfig` with nothing switched on."""
+    """Return True if a field is PEFT's `runtime_config`, and the feature in it is switched off."""
     return name == "runtime_config" and is_off(getattr(value, "ephemeral_gpu_offload", True))

@@ -199,7 +199,7 @@ class LoraConfig:
         fan_in_fan_out: PEFT's flag for weights that are stored as (in, out).
         init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal, B zero. False: both random,
             so that the adapter changes the output immediately. "orthogonal", "pissa", "pissa_niter_N",
-            "olora" and "loftq" depend on the weight. So does "mica", with a frozen B (MiCA). "eva",
+            "olora" and "loftq" depend on the weight. "mica" depends on it too, with a frozen B (MiCA). "eva",
             "corda" and "lora_ga" also depend on data: call `lora_fx.initialize`.
         loftq_config: Options of "loftq": `loftq_bits`, `loftq_iter`.
         eva_config: Options of "eva": `rho`, `tau`, `use_label_mask`, `label_mask_value`, `whiten`,
@@ -352,7 +352,10 @@ class LoraConfig:
 
 
 def _peft_type(kind: object) -> str:
-    """Return the `peft_type` of a file: PEFT refuses types that it does not know."""
+    """Return the `peft_type` to save: LORA, or a type unknown to PEFT for an adapter kind of the user.
+
+    PEFT then refuses the file instead of reading it as LoRA.
+    """
     return "LORA" if kind is None else f"LORA_FX_{kind}".upper()
 
 
@@ -368,7 +371,7 @@ def adapters_below(folder: Path) -> list[Path]:
 
 
 def missing_adapter(path: Path) -> str:
-    """Return the message for a path that does not exist, with the adapters next to it."""
+    """Return the error text for a path that does not exist. It lists adapters in the same parent folder."""
     message = (
         f"{path} is not a folder on this machine, and nothing is downloaded: give the folder of an adapter, "
         "or a file of diffusers or kohya (.safetensors)"

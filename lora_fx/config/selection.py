@@ -70,7 +70,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision about a name, with the reason for the dry run."""
+    """The decision whether a config selects a name, with the reason that a plan shows."""
 
     selected: bool
     reason: str
@@ -157,15 +157,15 @@ def excluded(name: str, config: LoraConfig) -> bool:
 
 
 def name_matches(name: str, config: LoraConfig, *, in_default: bool = True) -> bool:
-    """Return `judge(...).selected`."""
+    """Return True if a config selects a name; :func:`judge` also gives the reason."""
     return judge(name, config, in_default=in_default).selected
 
 
 def layer_index(name: str, config: LoraConfig) -> int | None:
     """Return the index to compare with `layers_to_transform`, or None if the name has no index.
 
-    Without `layers_pattern` it is the first numeric segment that has two segments before it and one after it:
-    PEFT's expression does not match the index in "layers.0.q".
+    Without `layers_pattern` the index is the first numeric segment that has two segments before it and one
+    after it: PEFT's expression does not match the index in "layers.0.q".
     """
     patterns = _entries(config.layers_pattern)
     expressions = [_layer_regex(pattern) for pattern in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
@@ -288,7 +288,8 @@ def unmatched_targets(names: Iterable[str], config: LoraConfig) -> tuple[str, ..
 def unmatched_saved(module_names: Iterable[str], config: LoraConfig) -> tuple[str, ...]:
     """Return the entries of `modules_to_save` that match no module.
 
-    PEFT writes every name of a head that `task_type` may mean into a folder. One of them suffices.
+    A folder of PEFT lists all names that the head of a `task_type` may have. A match for one of these names
+    is enough.
     """
     names = list(module_names)
 
@@ -353,7 +354,7 @@ def _suffixes(name: str) -> Iterator[str]:
 
 
 def _entry_for(name: str, value: str | Collection[str] | None) -> str | None:
-    """Return the matching entry of a module list, the longest first, or the matching regular expression."""
+    """Return the entry of a module list that matches a name, the longest first, or a matching expression."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -363,7 +364,7 @@ def _entry_for(name: str, value: str | Collection[str] | None) -> str | None:
 
 
 def _used(names: Iterable[str], entries: Sequence[str], as_regex: bool) -> set[str]:
-    """Return the entries that match at least one of the names."""
+    """Return the module names or regular expressions of a config that match at least one of the names."""
     if as_regex:
         return {
             entry for entry in entries if any(_compiled(entry).fullmatch(name) for name in names)

@@ -41,10 +41,10 @@ class _Version:
     """A version of an adapter, with its answer in the model here.
 
     Attributes:
-        label: Its name, such as "step 50".
-        digest: A hash of its values.
+        label: The name of the version, such as "step 50".
+        digest: A hash of the adapter's values.
         probe: The key of the probe.
-        values: Its answer to the probe.
+        values: The answer of this version to the probe.
     """
 
     label: str
@@ -179,8 +179,8 @@ def sync_callback(
 ) -> Any:
     """Return a callback that delivers an adapter with :func:`sync` while a trainer runs.
 
-    It is for transformers' ``Trainer`` and the trainers of TRL, such as GRPO and online DPO. It delivers
-    after each ``every`` optimizer steps, and at the end of training.
+    The callback is for transformers' ``Trainer`` and the trainers of TRL, such as GRPO and online DPO. It
+    delivers after each ``every`` optimizer steps, and at the end of training.
 
     Args:
         target: As for :func:`sync`.

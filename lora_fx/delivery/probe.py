@@ -27,7 +27,7 @@ Probe: TypeAlias = str | Sequence[str] | Sequence[int] | Tensor | Mapping[str, T
 
 @dataclasses.dataclass(frozen=True)
 class ProbeInputs:
-    """Inputs for a model and a target.
+    """The inputs of a probe, both for the model and for the server or session that gets the adapter.
 
     Attributes:
         calls: Inputs of each call by argument. Texts of different lengths are separate calls.
@@ -39,7 +39,7 @@ class ProbeInputs:
 
     @property
     def key(self) -> str:
-        """A hash of the inputs."""
+        """A hash of all inputs. Only answers to probes with the same key can be compared."""
         digest = hashlib.sha256()
         for call in self.calls:
             for name, value in call.items():
@@ -49,7 +49,7 @@ class ProbeInputs:
     def read(
         self, outputs: Sequence[Any], *, logits_alone: bool = False
     ) -> tuple[Tensor, torch.dtype, bool]:
-        """Return the compared values of a model's outputs, one output for each call.
+        """Return the values to compare from a model's outputs. There is one output for each call.
 
         Returns:
             Log-probabilities of the next token, [rows, vocabulary], or elements, [calls, elements]; the dtype
@@ -112,7 +112,7 @@ def _of_rows(rows: Sequence[Tensor]) -> ProbeInputs:
 
 
 def run_session(session: OnnxSession, inputs: Mapping[str, Tensor], adapter: str | None) -> Any:
-    """Run a session on inputs of the model that it was made from.
+    """Run a session on inputs of the PyTorch model that was exported.
 
     Args:
         session: A session. If its file generates text, only the token ids and their mask are used.

@@ -54,7 +54,8 @@ class Delivery:
             here. Empty if it fits none.
         distance: The distance between the target's answer and that of this version.
         effect: The distance between the answers of the base and of this version.
-        noise: The distance between the base there and the base here; None if the target does not show it.
+        noise: The distance between the answers of the target's base and of the base here; None if the target
+            does not show its base.
         tolerance: The largest distance of answers that fit.
         folder: The delivered folder, if there is one.
     """
@@ -72,7 +73,7 @@ class Delivery:
 
     @property
     def applied(self) -> bool:
-        """True if the target answers with this version and no other."""
+        """True if the target answers with this version and with no other version."""
         return self.verdict == "applied"
 
     def __str__(self) -> str:
@@ -86,13 +87,16 @@ class Delivery:
 
 _BASE: Final = "the base alone"
 BEFORE: Final = "the previous adapter"
-"""The name of the adapter that a target had, if it was not delivered from here."""
+"""The name in receipts for a target's previous adapter, if this process has not delivered it."""
 
 _BROKEN: Final = "values that are not finite"
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
-    """Return the root mean square of the difference of the values that are known in both."""
+    """Return the root mean square of the difference of two answers, over values that are not NaN.
+
+    The distance is infinite if the shapes differ, or no value is known in both answers.
+    """
     if left.shape != right.shape:
         return float("inf")
     known = ~(left.isnan() | right.isnan())
@@ -106,7 +110,7 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class LocalAnswers:
-    """The answers of the model here.
+    """The answers of the trained model to a probe, with its adapter and without it.
 
     Attributes:
         values: The answer of the adapter.
@@ -122,7 +126,7 @@ class LocalAnswers:
 
     @property
     def unit(self) -> float:
-        """The size that distances are relative to: 1 for log-probabilities."""
+        """The divisor of distances: 1 for log-probabilities, else the size (RMS) of the base's answer."""
         return 1.0 if self.tokens else float(self.base.square().mean().sqrt()) or 1.0
 
 
@@ -163,7 +167,7 @@ def judge_answer(
     versions: Mapping[str, Tensor],
     tolerance: float | None,
 ) -> Delivery:
-    """Return a receipt with its verdict.
+    """Compare a target's answer with the answers of known versions, and return the receipt.
 
     Args:
         identity: The target, the name of the adapter there, the name of the version, and its folder.
@@ -171,7 +175,7 @@ def judge_answer(
         answer: The answer of the target with the adapter; NaN for values that it leaves out.
         base: The answer of the target's base, if the target shows it.
         versions: The answers of other versions by their names.
-        tolerance: The largest distance that fits; None to derive it.
+        tolerance: The largest distance between answers that are the same; None to derive it.
     """
     unit = local.unit
     noise = None if base is None else _distance(base, local.base) / unit
@@ -200,7 +204,10 @@ def judge_answer(
 
 
 def _within(most: float, answer: Tensor, rivals: Mapping[str, Tensor]) -> list[str]:
-    """Return the versions within a distance of an answer; :data:`BEFORE` only if it is the only one."""
+    """Return the names of the versions whose answers are at most ``most`` away from an answer.
+
+    :data:`BEFORE`, the target's previous adapter, is only returned if no other version is near.
+    """
     labels = [label for label, values in rivals.items() if _distance(answer, values) <= most]
     return [label for label in labels if label != BEFORE or len(labels) == 1]
 

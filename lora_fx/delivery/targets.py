@@ -36,11 +36,11 @@ class Staged:
     """An adapter that is ready for a target.
 
     Attributes:
-        digest: A hash of its content.
-        folder: Its folder, for a server.
+        digest: A hash of the adapter's content.
+        folder: The folder with the adapter, for a server.
         is_new: True if the folder was written for this delivery.
-        model: Its model, for a session.
-        adapter_name: Its name in the model.
+        model: The rewritten model with the adapter, for a session.
+        adapter_name: The name of the adapter in the model.
     """
 
     digest: str
@@ -65,25 +65,30 @@ class Target(Protocol):
         """
 
     def stage(self, model: nn.Module, adapter_name: str, name: str) -> Staged:
-        """Make an adapter ready to be loaded."""
+        """Prepare an adapter for :meth:`load`: hash its content, and write its folder for a server."""
 
     def has(self, name: str, staged: Staged) -> bool | None:
-        """Return True if the target has this content by this name, False for other content, else None."""
+        """Compare the target's adapter of a name with a staged adapter.
+
+        Returns:
+            True if the contents are equal, False if they differ or may differ, None if the target has no
+            adapter of this name.
+        """
 
     def load(self, name: str, staged: Staged, *, replace: bool) -> None:
         """Load an adapter, or replace the adapter of this name."""
 
     def discard(self, staged: Staged) -> None:
-        """Remove a staged folder that was not loaded."""
+        """Delete the folder of a staged adapter that was not loaded."""
 
     def answer(self, name: str, probe: ProbeInputs, width: int) -> Tensor:
-        """Return the answer of an adapter, [rows, width], with NaN for values that are left out."""
+        """Return an adapter's answer to a probe, [rows, width], with NaN for values that are left out."""
 
     def answer_of_base(self, name: str, probe: ProbeInputs, width: int) -> Tensor | None:
-        """Return the answer of the base of an adapter, or None if the target does not show it."""
+        """Return the answer of an adapter's base to a probe; None if the target does not show its base."""
 
     def clean(self, name: str) -> None:
-        """Remove older versions after a delivery."""
+        """Delete the folders of older versions after a delivery."""
 
 
 class VllmServer:
@@ -265,15 +270,18 @@ class _SessionTarget:
 
 @functools.cache
 def _server_at(url: str) -> VllmServer:
-    """Return the target of an address, the same object each time, so that it knows earlier versions."""
+    """Return the :class:`VllmServer` of an address, always the same object for an address.
+
+    The object keeps the versions that were delivered earlier.
+    """
     return VllmServer(url)
 
 
 def target_of(target: Any) -> tuple[Target, VllmServer | OnnxSession]:
-    """Return the target, and the object that its history belongs to.
+    """Return a :class:`Target` for an address, server or session, and the object with its history.
 
     Raises:
-        ConfigError: If it is not a target.
+        ConfigError: If adapters cannot be delivered to such an object.
     """
     if isinstance(target, str):
         target = _server_at(target)
@@ -289,11 +297,12 @@ def target_of(target: Any) -> tuple[Target, VllmServer | OnnxSession]:
 
 @contextmanager
 def delivery_errors(start: str, *, accepted: bool = False) -> Iterator[None]:
-    """Turn a server's errors into :class:`DeliveryError`.
+    """Convert errors of a server within the context to :class:`DeliveryError`.
 
     Args:
-        start: The beginning of their messages.
-        accepted: True once the server has accepted the adapter. It then has to know the name.
+        start: The beginning of the messages.
+        accepted: True once the server has accepted the adapter. An unknown name (404) then means that the
+            adapter is not applied.
     """
     try:
         yield

@@ -39,13 +39,13 @@ class Difference:
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def after(self, name: str) -> Tensor:
-        """Return a tensor after the change."""
+        """Return the values of a tensor after the change."""
         value = self.changes(name)
         assert value is not None, name
         return value
 
     def compare(self, name: str) -> Literal["new", "changed", "same"]:
-        """Compare the values of a tensor before and after the change. It is new if the base lacks it.
+        """Return "new" for a tensor that the base lacks, else "changed" or "same", by its values.
 
         Raises:
             CheckpointError: If there are values that are not finite.
@@ -61,11 +61,11 @@ class Difference:
         return "same" if _equal(old, new) else "changed"
 
     def changed(self, name: str) -> bool:
-        """Return True if a tensor has other values after the change, or none before it."""
+        """Return True if the change gives a tensor other values, or the base lacks the tensor."""
         return self.compare(name) != "same"
 
     def same(self, name: str, other: str) -> bool:
-        """Return True if two tensors have the same values, before the change and after it."""
+        """Return True if two tensors are equal to each other before the change, and also after it."""
         return all(
             first is second or (first is not None and second is not None and _equal(first, second))
             for first, second in (
@@ -195,7 +195,7 @@ def weights_in(files: WeightFiles, model: nn.Module) -> Weights:
 
 
 def names_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Map each name to all names of the same tensor."""
+    """Return all names of each tensor, by each of these names. A tied tensor has several."""
     names: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
@@ -203,5 +203,5 @@ def names_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters, each under every name, and the persistent buffers."""
+    """Return the parameters of a model, each under every name, and the persistent buffers."""
     return {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}

@@ -264,7 +264,7 @@ class _InFull:
     """The parameters that an adapter stores in full.
 
     Attributes:
-        modules: Modules that it stores as a whole.
+        modules: Modules that the adapter stores as a whole.
         biases: Biases of adapted layers. PEFT stores them all if it stores one.
         names: Other parameters.
     """
@@ -301,7 +301,7 @@ class _InFull:
         return cls(frozenset(modules), frozenset(biases), frozenset(names))
 
     def elements(self, model: nn.Module) -> int:
-        """Return the number of elements."""
+        """Return the number of elements of all parameters that the adapter stores in full."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         return sum(
             parameter.numel()
@@ -332,7 +332,7 @@ class _Changed:
 
     @classmethod
     def of(cls, model: nn.Module, difference: Difference, sites: Iterable[Site]) -> _Changed:
-        """Compare all tensors of a model.
+        """Find the changed tensors of a model, and choose where an adapter stores each of them.
 
         Args:
             model: The base.
@@ -367,12 +367,12 @@ def _is_leaf(model: nn.Module, name: str) -> bool:
 
 
 def _cost(site: Site) -> int:
-    """Return the number of elements that A and B have at the smallest possible rank."""
+    """Return the number of elements of A and B at a site with the smallest possible rank."""
     return pattern_of(site).factors(site, site.groups).numel
 
 
 class _Ranks:
-    """Rule that computes the rank of each site from the user's :class:`RankChoice`.
+    """The rank of each site, by the user's :class:`RankChoice`.
 
     A grouped convolution has a matrix for each group. Its rank here is the rank of one such matrix.
     """
@@ -414,7 +414,7 @@ class _Ranks:
         self._allocated = allocate(gains, costs, left)
 
     def rank(self, site: Site, change: Tensor) -> int:
-        """Return the rank of the matrices of a site; 0 for no adapter."""
+        """Return the rank of each matrix of a site; 0 for a site that gets no adapter."""
         bound = self._bounds.get(site.weight, max(change.shape))
         most: int = min(*change.shape[1:], max(bound, 1))
         if self._choice.budget is not None:
@@ -428,14 +428,14 @@ class _Ranks:
 def _decomposed(
     site: Site, weight: Tensor, change: Tensor, unit: int, root: Tensor | None
 ) -> tuple[ExtractedSite, tuple[Tensor, Tensor]]:
-    """Return the row of the report and the factors of a site.
+    """Approximate the change of a site by factors. Return its row of the report, and the factors.
 
     Args:
         site: The site.
         weight: Its weight before the change, [n, out, in].
         change: The change, in the same shape.
         unit: The rank of each matrix.
-        root: The factor of the second moments of the inputs, if they are known.
+        root: The Cholesky factor of the second moments of the inputs, if these are known.
     """
     root = None if root is None else root.to(change)
     a, b = decompose(change, unit, root)

@@ -17,7 +17,7 @@ DEFAULT_RANK: Final = 16
 
 @dataclasses.dataclass(frozen=True)
 class RankChoice:
-    """The rule for the rank of each site. At most one of the three is set.
+    """The rule for the rank of each site. At most one of the three attributes is set.
 
     Attributes:
         rank: The same rank for all sites, or less for a matrix that is too small.
@@ -34,7 +34,7 @@ class RankChoice:
     def of(
         cls, rank: int | None = None, energy: float | None = None, budget: int | str | None = None
     ) -> RankChoice:
-        """Return a choice from the arguments of a caller. Without any, the rank is 16.
+        """Create the rule from the arguments of a public function. Without any, the rank is 16.
 
         Args:
             rank: A rank.
@@ -42,7 +42,7 @@ class RankChoice:
             budget: A number of parameters, or a size such as "20MB" for parameters of 4 bytes.
 
         Raises:
-            ConfigError: If several are given, or a value is out of range.
+            ConfigError: If several arguments are set, or a value is out of range.
         """
         named = {"rank": rank, "energy": energy, "budget": budget}
         chosen = [name for name, value in named.items() if value is not None]
@@ -69,6 +69,6 @@ def _is_number(value: object) -> bool:
 
 
 def _parameters(budget: int | str) -> int:
-    """Return a number of parameters from a number, or from a size in bytes with its unit."""
+    """Convert a budget to a number of parameters. A size such as "20MB" is divided by 4 bytes each."""
     limit, unit = budget_of(budget)
     return limit // 4 if unit == "bytes" else limit

@@ -49,8 +49,8 @@ class ExtractionReport:
     Attributes:
         sites: The adapted operations.
         saved_modules: Modules that the adapter holds in full, such as norms.
-        values: FQNs of single parameters that it holds in full: biases, and parameters of modules that also
-            have weights of their own.
+        values: FQNs of single parameters that the adapter holds in full: biases, and parameters of modules
+            that also have weights of their own.
         buffers: FQNs of buffers that changed, such as batch-norm statistics.
         left_out: Operations that changed and got no rank from the budget.
         unchanged: The number of parameters that are equal in both models.
