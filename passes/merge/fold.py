@@ -695,7 +695,7 @@ def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dic
 
 
 def tied_tokens(tokens: Mapping[str, TokenWeight]) -> dict[str, str]:
-    """Return the weights of heads that share an embedding's trained rows, each with the embedding's weight."""
+    """Return the weights of heads that share an embedding's trained rows, with the embedding's weight."""
     weights = {row.name: weight for weight, rows in tokens.items() for row, _ in rows}
     return {
         weight: weights[rows[0][0].tied]
