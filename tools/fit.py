@@ -169,7 +169,7 @@ def _largest(
 
 
 def _next(shares: dict[int, float], best: int) -> int:
-    """Return the size to plan next: where a line through the two nearest known sizes reaches the limit."""
+    """Return the size to plan next: where a line through the best size and its neighbor reaches the limit."""
     above = [count for count in shares if count > best]
     other = min(above) if above else max(count for count in shares if count < best)
     slope = (shares[other] - shares[best]) / (other - best)

@@ -357,7 +357,7 @@ def _make_plain(module: nn.Module) -> None:
 
 
 def _plain(module: nn.Module) -> tuple[LibraryLayers, type[nn.Module]] | None:
-    """Return the class of torch for a library's layer that has a dense weight, and the library's layers.
+    """Return the library of a quantized layer, and torch's class for the layer with a dense weight.
 
     Return None for any other module.
     """

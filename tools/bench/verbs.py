@@ -232,7 +232,7 @@ def _merge_contenders(placement: Placement, layers: int, width: int) -> Contende
 
 
 def _factors(adapted: nn.Module, names: list[str]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return for each layer copies of its weight, of B and of A, with the factors in the weight's dtype."""
+    """Return for each layer a copy of its weight, and B and A in the weight's dtype."""
     factors = []
     for name in names:
         layer: Any = adapted.get_submodule(f"base_model.model.{name}")
