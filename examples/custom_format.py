@@ -18,7 +18,7 @@ from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
 
 class RowTensor(PackedTensor):
-    """A matrix whose rows are ``scale * code``, with codes from -127 to 127."""
+    """A quantized matrix whose rows are ``scale * code``, with integer codes from -127 to 127."""
 
 
 class RowFormat(PackedFormat):
@@ -29,16 +29,16 @@ class RowFormat(PackedFormat):
     tensor = RowTensor
 
     def describe(self, weight: Any) -> Quantization:
-        """Return the description: 8 bits, without blocks, because a scale belongs to a whole row."""
+        """Return a weight's description: 8 bits, without blocks, because a scale belongs to a whole row."""
         return self.describe_as(weight, "my_int8", 8)
 
     def decode(self, weight: Any) -> Tensor:
-        """Return the values in fp32. The caller rounds them to its dtype."""
+        """Return the values of a weight in fp32. The caller rounds them to its dtype."""
         values: Tensor = weight.codes * weight.scales
         return values
 
     def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
-        """Pack values. The largest absolute value of a row gets the code 127 or -127."""
+        """Quantize a matrix. The largest absolute value of each row gets the code 127 or -127."""
         wide = values.float()
         scales = wide.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
         codes = (wide / scales).round().to(torch.int8)
@@ -46,12 +46,12 @@ class RowFormat(PackedFormat):
         return nn.Parameter(RowTensor(parts, values.dtype), requires_grad=False)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
-        """Return the same integers for an ONNX file. A block is a row, and there are no zero points."""
+        """Return the codes and scales for an ONNX file. A block is a row, and there are no zero points."""
         return pack_integers(weight.codes, weight.scales, None, stored.shape[1], stored.bits)
 
 
 class Net(nn.Module):
-    """Two layers, a residual product with a bare parameter, and a head."""
+    """Example model: two layers, a residual product with a bare parameter, and a head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ SCALE = "ia3_l"
 
 
 class Ia3(AdapterKind):
-    """``y' = l ∘ (W x + b)``."""
+    """The adapter kind IA³: ``y' = l ∘ (W x + b)``, with a trained vector l."""
 
     name = "ia3"
     low_rank = False
@@ -36,16 +36,19 @@ class Ia3(AdapterKind):
     trains = "a scale of the output (IA³)"
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
-        """Return one slot: a number for each output feature, which starts as 1."""
+        """Return the trained tensors of a site: one number for each output feature, which starts as 1."""
         shape = (site.out_features,)
         return (Slot(SCALE, SCALE, shape, "a scale", neutral=1.0, multiplies=True),)
 
     def costs(self, site: Site, rank: int) -> Costs:
-        """Return the costs: a product for each output feature. Its gradient needs the operation's output."""
+        """Return the costs of the kind at a site: one product for each output feature.
+
+        The gradient needs the operation's output.
+        """
         return Costs(parameters=site.out_features, flops=site.out_features, saved=site.out_features)
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
-        """Write ``l ∘ base``, or ``total + (l - 1) ∘ base`` if there are other adapters."""
+        """Write the adapted output: ``l ∘ base``, or ``total + (l - 1) ∘ base`` with other adapters."""
         scale = build.spread_slot(SCALE, outside=1.0)
         if build.total is build.base:
             return build.call(Role.ADD, operator.mul, build.total, scale)
@@ -54,7 +57,7 @@ class Ia3(AdapterKind):
         return build.call(Role.ADD, operator.add, build.total, change)
 
     def transformed(self, weight: Tensor, site: Site, values: Mapping[str, Tensor]) -> Tensor:
-        """Return ``l ∘ W``."""
+        """Return the merged weight, ``l ∘ W``."""
         return weight * along(values[SCALE], weight, site)
 
     def bias_terms(
@@ -68,7 +71,7 @@ lora_fx.register_adapter_kind(Ia3())
 
 
 class Net(nn.Module):
-    """A convolution, two layers, and a head."""
+    """Example model: a convolution, two layers, and a head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ class ScaledLinearPattern(LinearPattern):
     name = "scaled-linear"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """Return a site for a call whose weight is a parameter, else None."""
+        """Return a site if a node calls the function with a parameter as its weight, else None."""
         if node.target is not scaled_linear or region.parameter(node.args[1]) is None:
             return None
         x: Any = node.args[0]
@@ -50,14 +50,14 @@ class ScaledLinearPattern(LinearPattern):
         )
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """Write ``scaled_linear`` with A, then a plain product with B, so that the gain applies once."""
+        """Write a branch: ``scaled_linear`` with A, then a plain product with B. The gain applies once."""
         x: Any = node.args[0]
         down = build.call(Role.DOWN, scaled_linear, build.dropped(x), build.a)
         return build.call(Role.UP, nn.functional.linear, down, build.b)
 
 
 class Net(nn.Module):
-    """One scaled layer and a head."""
+    """Example model: one scaled layer and a head."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ Row = dict[str, str]
 
 
 def build(folder: str | None) -> tuple[nn.Module, Any]:
-    """Load a model and a tokenizer from a folder, or make tiny ones."""
+    """Load a language model and a tokenizer from a folder, or make tiny ones."""
     if folder is not None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -64,7 +64,7 @@ def preferences(count: int) -> list[Row]:
 
 
 def encode(model: nn.Module, tokenizer: Any, rows: list[Row], kinds: list[str]) -> Any:
-    """Return a batch of prompts, each with its answer of one kind."""
+    """Return a batch of prompts, each with its chosen or its rejected answer."""
     texts = [row["prompt"] + row[kind] for row, kind in zip(rows, kinds, strict=True)]
     options = {"padding": True, "padding_side": "right", "return_token_type_ids": False}
     return tokenizer(texts, return_tensors="pt", **options).to(model.device)

@@ -45,7 +45,7 @@ class Question(BaseModel):
 
 
 def train(base: nn.Module, token: int) -> nn.Module:
-    """Train an adapter that detects if a token is in a row."""
+    """Return a rewritten model with an adapter that detects if a token is in a row."""
     torch.manual_seed(token)
     model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=8, lora_alpha=16)).train()
     optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=1e-2)

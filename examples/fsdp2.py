@@ -29,7 +29,7 @@ TOKENS = 64
 
 
 def build(folder: str | None) -> nn.Module:
-    """Load the model from its folder, or make a tiny one. It is the same on every process."""
+    """Load a language model from a folder, or make a tiny one. It is the same on every process."""
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def build(folder: str | None) -> nn.Module:
 
 
 def join() -> torch.device:
-    """Join the process group of torchrun, or a group of this process alone. Return its device."""
+    """Join the process group of torchrun, or a group of this process alone. Return the device to train on."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:

@@ -35,7 +35,7 @@ GROUP, LENGTH = 8, 8
 
 
 def build(folder: str | None) -> tuple[nn.Module, Any]:
-    """Load a model and a tokenizer from a folder, or make tiny ones."""
+    """Load a language model and a tokenizer from a folder, or make tiny ones."""
     if folder is not None:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -77,7 +77,7 @@ def sample(model: nn.Module, tokenizer: Any, asked: list[str]) -> tuple[Any, Ten
 
 
 def log_probabilities(model: nn.Module, batch: Any, ids: Tensor) -> Tensor:
-    """Return the log-probability of each token of the answers, [rows, LENGTH]."""
+    """Return the log-probability of each token of the sampled answers, [rows, LENGTH]."""
     start = batch.input_ids.shape[1]
     mask = torch.cat([batch.attention_mask, torch.ones_like(ids[:, start:])], 1)
     logs = model(input_ids=ids, attention_mask=mask).logits[:, start - 1 : -1].log_softmax(-1)

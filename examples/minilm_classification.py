@@ -45,7 +45,7 @@ def sentences(count: int) -> list[tuple[str, int]]:
 
 
 def build(folder: str | None) -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:
-    """Load a model and a tokenizer from a folder, or make tiny ones."""
+    """Load an encoder with a classification head, and a tokenizer, from a folder, or make tiny ones."""
     if folder is not None:
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
         return model, AutoTokenizer.from_pretrained(folder)

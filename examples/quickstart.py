@@ -9,7 +9,7 @@ import lora_fx
 
 
 class Classifier(nn.Module):
-    """Two hidden layers and a head. The weight of the second layer is a bare parameter."""
+    """Example model: two hidden layers and a head. The weight of the second layer is a bare parameter."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ TOKENS = 64
 
 
 def build(folder: str | None) -> nn.Module:
-    """Load the model from its folder, or make a tiny one. It is the same on every worker."""
+    """Load a language model from a folder, or make a tiny one. It is the same on every worker."""
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)

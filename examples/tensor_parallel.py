@@ -42,7 +42,7 @@ ROWWISE = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def build(folder: str | None) -> nn.Module:
-    """Load the model from its folder, or make a tiny one. It is the same on every process."""
+    """Load a language model from a folder, or make a tiny one. It is the same on every process."""
     if folder is not None:
         return AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
@@ -52,7 +52,7 @@ def build(folder: str | None) -> nn.Module:
 
 
 def join() -> torch.device:
-    """Join the process group of torchrun, or a group of this process alone. Return its device."""
+    """Join the process group of torchrun, or a group of this process alone. Return the device to train on."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:

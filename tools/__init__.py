@@ -1,1 +1,4 @@
-"""Part of lora_fx: see docs/architecture.md."""
+"""Benchmarks, the command line, the model zoo and other programs around the library.
+
+See docs/architecture.md.
+"""

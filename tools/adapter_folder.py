@@ -67,7 +67,7 @@ _LAYER = re.compile(r"^(?P<before>.*?)\.(?P<layer>\d+)(?:\.(?P<rest>.+))?$")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SiteFigures:
-    """The update of one weight, ``ΔW = s · B A``.
+    """Figures about the update of one weight, ``ΔW = s · B A``.
 
     Attributes:
         name: FQN of the module, or of the parameter.
@@ -120,7 +120,7 @@ class AdapterReport:
     columns = ("site", "r", "scale", "ΔW", "‖ΔW‖", "largest σ", "effective rank")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return the sites as cells, under :attr:`columns`."""
+        """Return the sites as rows of a table, whose headings are :attr:`columns`."""
         return [
             (
                 site.name,
@@ -190,7 +190,7 @@ class AdapterReport:
         return json_text(self.to_dict())
 
     def facts(self) -> list[tuple[str, str]]:
-        """Return facts about the folder as a whole."""
+        """Return labels and values for the folder as a whole: its base, kinds, rank and size."""
         base = self.config.base_model_name_or_path
         kinds = sorted({site.kind for site in self.sites})
         return [
@@ -278,7 +278,7 @@ def read_folder(
 
 
 def _name_in_plan(holder: str, config: LoraConfig) -> str:
-    """Return the name that a plan has for a site, from the name under which its factors are stored.
+    """Return the name of a site in a plan, from the name of the module that holds its factors in a file.
 
     The factors of a bare parameter ``mix`` are stored under ``mix_lora``. PEFT stores them under the module
     that has the parameter. The targets of the configuration are names of the plan.
@@ -347,9 +347,9 @@ def figures_of(
 
 
 def _whole_factors(name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A and B whose product is the update of the weight.
+    """Return A and B whose product is the update of a weight, for kinds that store other factors.
 
-    Some kinds compute them from the stored factors of a linear layer. Other factors are returned unchanged.
+    Factors of all other kinds are returned unchanged.
     """
     if a.dim() != 2:
         return a, b
@@ -361,7 +361,10 @@ def _whole_factors(name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple
 
 
 def _groups(a: Tensor, b: Tensor) -> int:
-    """Return the number of groups of a convolution. A has the ranks of all groups, B those of one group."""
+    """Return the number of groups of a convolution, from the shapes of its factors.
+
+    A has the ranks of all groups, B the rank of one group.
+    """
     of_one = b.shape[1]
     several = a.dim() > 2 and of_one > 0 and len(a) > of_one and len(a) % of_one == 0
     return len(a) // of_one if several and len(b) % (len(a) // of_one) == 0 else 1
@@ -513,7 +516,10 @@ def _judge_server(
 
 
 def _log_probabilities(receipt: Receipt, server: Server, name: str) -> Tensor:
-    """Return the server's log-probabilities, [rows, tokens], with NaN for tokens that it leaves out."""
+    """Return a server's log-probabilities of the tokens in a receipt, [rows, tokens].
+
+    Tokens that the server does not report are NaN.
+    """
     ids = receipt.inputs.get("input_ids", receipt.inputs.get(""))
     if ids is None:
         raise ConfigError("a server takes token ids, and the receipt has no input_ids")

@@ -107,7 +107,7 @@ class Mesh:
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that are sharded separately: the children of the outermost module lists."""
+    """Yield the modules that FSDP2 shards separately: the children of the outermost module lists."""
     pending: list[nn.Module] = [model]
     while pending:
         for child in pending.pop().children():
@@ -118,7 +118,7 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def devices_of(mesh: Mesh) -> DeviceMesh:
-    """Return the mesh over all members of the default process group."""
+    """Return PyTorch's mesh for a :class:`Mesh`, over all members of the default process group."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -130,7 +130,9 @@ def devices_of(mesh: Mesh) -> DeviceMesh:
 
 
 def parallelize(model: nn.Module, devices: DeviceMesh) -> None:
-    """Split a model of transformers over the ``tp`` dimension of a mesh in place, by its own plan.
+    """Split the layers of a transformers model over the ``tp`` dimension of a mesh, in place.
+
+    The model's own tensor-parallel plan says which layers are split.
 
     Raises:
         ConfigError: If the mesh has no such dimension, the model has no plan, or the number of its heads is
@@ -153,7 +155,7 @@ def parallelize(model: nn.Module, devices: DeviceMesh) -> None:
 
 
 def _plan_of(model: nn.Module) -> dict[str, str]:
-    """Return the tensor-parallel plan of a model of transformers: a style for each module and parameter."""
+    """Return a transformers model's tensor-parallel plan: the style of each split module or parameter."""
     patterns = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
     if not isinstance(patterns, dict) or not patterns:
         raise ConfigError(
@@ -173,7 +175,7 @@ def _plan_of(model: nn.Module) -> dict[str, str]:
 
 
 def _without_numbers(name: str) -> str:
-    """Return a name as plans write it: ``layers.3.mlp`` is ``layers.*.mlp``."""
+    """Return a module's name with "*" for numbers, as in plans: ``layers.3.mlp`` becomes ``layers.*.mlp``."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
@@ -392,14 +394,14 @@ def plan_step(
 
 
 def without_memory(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Return a copy of a model on the meta device, with floating-point parameters in a dtype."""
+    """Return a copy of a model on the meta device, optionally with another dtype of its parameters."""
     result = share_copy(model)
     _empty_all(result, "meta", dtype)
     return result
 
 
 def _rewritten(model: nn.Module, config: LoraConfig, mesh: Mesh, settings: Settings) -> Any:
-    """Return the model with adapters, on the meta device."""
+    """Return the adapted and, if the settings say so, quantized or split model, on the meta device."""
     if settings.quantize is not None and mesh.size > 1:
         raise ConfigError("--quantize is planned on one GPU: leave --mesh out, or --quantize")
     model = without_memory(model, settings.dtype)
@@ -505,7 +507,7 @@ def _loss(output: Any) -> Tensor:
 
 
 def _empty_all(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> None:
-    """Replace each parameter and buffer by an empty one. Shared tensors stay shared."""
+    """Replace each parameter and buffer by an empty tensor on a device. Shared tensors stay shared."""
     replacements: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -604,7 +606,7 @@ def _eager_flash(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attend like the attention functions of transformers, with the memory of a flash kernel."""
+    """Attention function for transformers that saves the same tensors as a flash kernel."""
     result = _flash(query, key, value, None, dropout, True, scaling)
     return result.transpose(1, 2).contiguous(), None
 
@@ -654,7 +656,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def live(self) -> int:
-        """Return the bytes that are live now."""
+        """Return the bytes of the live storages."""
         self._refresh_sizes()
         return self._live
 
@@ -665,7 +667,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._held()
 
     def host_copy(self, tensor: Tensor) -> Tensor:
-        """Return a copy of a tensor in the memory of the host, which does not count as live."""
+        """Return a copy of a tensor in the host's memory. Its bytes do not count as live on the GPU."""
         with torch_private.disable_dispatch_modes():
             copy = tensor.clone()
         self._on_host.add(_key(copy))
@@ -674,12 +676,15 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         return copy
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that existed before."""
+        """Count tensors that existed before the ledger, such as the parameters, as live."""
         for tensor in tensors:
             self._record(tensor)
 
     def begin(self, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Begin a phase: ``"forward"``, ``"backward"`` or ``"optimizer"``. Subclasses may override this."""
+        """Note that a phase begins: ``"forward"``, ``"backward"`` or ``"optimizer"``.
+
+        This does nothing. Subclasses may override it.
+        """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -735,7 +740,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes[key] = size
 
     def _drop_freed(self) -> None:
-        """Subtract the storages that were freed."""
+        """Subtract the bytes of storages that were freed from the live bytes."""
         while self._dead:
             self._forget(self._dead.popleft())
 
@@ -746,7 +751,10 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._on_host.discard(key)
 
     def _refresh_sizes(self) -> None:
-        """Update all sizes. FSDP frees a gathered weight without an operation, by resizing its storage."""
+        """Update the sizes of all live storages.
+
+        FSDP frees a gathered weight without an operation, by resizing its storage.
+        """
         self._drop_freed()
         for key, reference in list(self._refs.items()):
             storage = reference()
@@ -801,7 +809,7 @@ _OUTER = (DTensor, PackedTensor)
 
 
 def tensors_inside(tensor: Any) -> Iterator[Tensor]:
-    """Yield the tensors that have the memory of a tensor: itself, its shard, or the parts of its format."""
+    """Yield the tensors that hold the memory of a tensor: itself, its local shard, or a format's parts."""
     value = tensor.data if isinstance(tensor, nn.Parameter) else tensor
     if isinstance(value, PackedTensor):
         yield from value.parts.values()

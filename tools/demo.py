@@ -91,7 +91,7 @@ _SKIPPED_FOLDERS = frozenset({"tests", "test", "testing", "_vendor", "externals"
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """One example.
+    """One example of the demo's text.
 
     Attributes:
         text: The sentence, with names of libraries masked.
@@ -106,7 +106,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Balanced text with a held-out part.
+    """Text of the demo, with the same number of sentences of each library, and a held-out part.
 
     Attributes:
         libraries: The classes, in the order of their labels.
@@ -119,7 +119,7 @@ class Corpus:
     held_out: tuple[Sentence, ...]
 
     def labels(self, part: Sequence[Sentence]) -> list[int]:
-        """Return the class of each sentence."""
+        """Return the class of each sentence, as an index into ``libraries``."""
         return [self.libraries.index(sentence.library) for sentence in part]
 
 
@@ -131,7 +131,7 @@ def collect(
     libraries: Sequence[str] = LIBRARIES,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Corpus:
-    """Collect the corpus.
+    """Collect sentences from the source files of installed libraries, and split them.
 
     Args:
         train: Sentences of each library to train on, or fewer if a library has fewer.
@@ -171,17 +171,17 @@ def collect(
 
 
 def masked(text: str) -> str:
-    """Return the text with names of libraries masked."""
+    """Return a sentence with the names of libraries masked, because they would reveal its class."""
     return _NAMES.sub(MASK, text)
 
 
 def key(text: str) -> str:
-    """Return a key that is equal for sentences that differ only in numbers, case and punctuation."""
+    """Return a key for duplicates: sentences that differ only in numbers, case and punctuation share it."""
     return " ".join(re.sub(r"[\d_\W]+", " ", text.lower()).split())
 
 
 def _ambiguous(sentences_of: Mapping[str, Sequence[Sentence]]) -> frozenset[str]:
-    """Return the keys of sentences that more than one library has."""
+    """Return the keys of sentences that occur in more than one library, so that their class is unclear."""
     owners: dict[str, set[str]] = {}
     for library, sentences in sentences_of.items():
         for sentence in sentences:
@@ -190,7 +190,10 @@ def _ambiguous(sentences_of: Mapping[str, Sequence[Sentence]]) -> frozenset[str]
 
 
 def _walk(library: str, wanted: int, seed: int) -> Iterator[Sentence]:
-    """Yield sentences from files in a random order until there are enough, with a few from each file."""
+    """Yield sentences of a library, a few from each file, until there are enough.
+
+    The files are in a random order.
+    """
     root = _root(library)
     generator = random.Random(f"{seed}:{library}")
     files = sorted(
@@ -213,7 +216,7 @@ def _walk(library: str, wanted: int, seed: int) -> Iterator[Sentence]:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Disable garbage collection.
+    """Disable Python's garbage collection while the context is open.
 
     A syntax tree has many objects and no cycles, and the search for cycles doubles the time.
     """
@@ -277,7 +280,7 @@ class SentenceClassifier(nn.Module):
 
     @classmethod
     def pretrained(cls, classes: int) -> SentenceClassifier:
-        """Return the installed package's encoder with a head of zeros."""
+        """Return a classifier with the sentence encoder of an installed package, and a head of zeros."""
         quiet_transformers()
         from transformers import AutoModel
 
@@ -317,7 +320,7 @@ class Batch:
 
 
 def encoder_folder() -> Path:
-    """Return the folder of the weights.
+    """Return the folder with the weights of the demo's sentence encoder.
 
     Raises:
         ConfigError: If the package that contains them is not installed.
@@ -647,7 +650,10 @@ class _Demo:
         return model
 
     def _check_threads(self) -> None:
-        """Use one thread if several are slower. Called before slow stages, because the load changes."""
+        """Use one thread if several are slower on this machine.
+
+        This is called before each slow stage, because the load of the machine changes.
+        """
         advice = thread_advice()
         if advice:
             torch.set_num_threads(1)

@@ -63,7 +63,10 @@ def size_of(option: str, text: str) -> int:
 
 
 def usable(card: int) -> int:
-    """Return the bytes of a card that a step may use."""
+    """Return the bytes of a card's memory that a training step may use.
+
+    The others are for the CUDA context and for fragments of the allocator.
+    """
     return max(int((card - CONTEXT) * (1 - FRAGMENTS)), 0)
 
 
@@ -95,7 +98,7 @@ def fits(
     host: float = math.inf,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Fit]:
-    """Yield the longest context and the largest batch for each value of ``memory``.
+    """Yield the longest context and the largest batch that fit on a card, for each value of ``memory``.
 
     Args:
         model: A model of text on any device, which is not changed.
@@ -133,7 +136,9 @@ def fits(
 def _largest(
     need_of: Callable[[int], Need], rooms: tuple[float, float], step: int, limit: int
 ) -> tuple[int, Need]:
-    """Return the largest size that fits, as a multiple of ``step``, and its need. Make only a few plans.
+    """Return the largest size whose training step fits, as a multiple of ``step``, and the need of that step.
+
+    Only a few steps are planned.
 
     Args:
         need_of: Function that plans a training step of a size.
@@ -143,7 +148,7 @@ def _largest(
     """
 
     def share(need: Need) -> float:
-        """Return the used share of the card or the host, whichever is larger."""
+        """Return the share of the card's or the host's memory that a step uses, whichever is larger."""
         return max(need.peak / max(rooms[0], 1), need.host / max(rooms[1], 1))
 
     known = {step: need_of(step)}
@@ -164,7 +169,7 @@ def _largest(
 
 
 def _next(shares: dict[int, float], best: int) -> int:
-    """Return the size to plan next: where a line through the best size and its neighbor fills the room."""
+    """Return the size to plan next: where a line through the best size and its neighbor reaches the limit."""
     above = [count for count in shares if count > best]
     other = min(above) if above else max(count for count in shares if count < best)
     slope = (shares[other] - shares[best]) / (other - best)
@@ -173,7 +178,10 @@ def _next(shares: dict[int, float], best: int) -> int:
 
 
 def stored_bytes(model: nn.Module, name: str) -> int:
-    """Return the bytes that the weights of a model on the meta device would take in a format."""
+    """Return the bytes that the weights of a model would take in a quantized format.
+
+    The model is on the meta device.
+    """
     from lora_fx.tools.planned_weights import quantized_without_values
 
     parameters = quantized_without_values(model, name).parameters()
@@ -181,7 +189,7 @@ def stored_bytes(model: nn.Module, name: str) -> int:
 
 
 def best_format(model: nn.Module, room: int, dtype: torch.dtype | None) -> str | None:
-    """Return the format with the largest weights that would fit, or None.
+    """Return the quantized format in which a model fits and keeps most bytes, or None if no format fits.
 
     The formats int8 and nf4 of ``quantize`` come first. If neither fits, try the formats of checkpoints.
     """

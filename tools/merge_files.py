@@ -192,7 +192,7 @@ def _tell_from(tell: Tell, start: int, total: int, done: int, name: str) -> None
 
 
 def _check_out(folder: Path, out: Path, *, force: bool) -> None:
-    """Raise if the result cannot be written under its name."""
+    """Raise if the output folder cannot be written: it is a file, the model itself, or not empty."""
     if out.exists() and not out.is_dir():
         raise MergeError(f"{out} is a file, and a model is a folder: give another name")
     if out.exists() and out.resolve() == folder.resolve():
@@ -205,7 +205,7 @@ def _check_out(folder: Path, out: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def _write_errors(out: Path, stage: Path) -> Iterator[None]:
-    """Turn an ``OSError`` into a MergeError."""
+    """Turn an ``OSError`` in the context into a MergeError that names the output folder."""
     try:
         yield
     except OSError as error:
@@ -220,12 +220,12 @@ def _write_errors(out: Path, stage: Path) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class _Output:
-    """A tensor of the result.
+    """One tensor in a file of the result.
 
     Attributes:
         name: The name of the tensor in the file.
-        source: The name of the stored tensor that it comes from.
-        change: FQN of the parameter whose change it gets; empty if it is copied.
+        source: The name of the model's stored tensor that it is computed from.
+        change: FQN of the parameter whose change is added to it; empty if it is copied.
         head: The shape and dtype of the tensor.
     """
 
@@ -236,7 +236,7 @@ class _Output:
 
 
 class _Merge:
-    """The changes of an adapter, and the tensors of the result.
+    """The changes of an adapter, and the tensors of the merged files.
 
     Attributes:
         files: The tensors of each file of the result, in the order in which they are written.
@@ -267,7 +267,7 @@ class _Merge:
         self._headers = {file: self._header(file) for file in self.files}
 
     def _give_dtypes(self) -> None:
-        """Give the parameters and buffers the dtypes that they have in the files, and mark them as loaded.
+        """Give the empty model's parameters and buffers the dtypes of the files, and mark them as loaded.
 
         Without the mark, a plan would warn that the head starts with random values.
         """
@@ -286,7 +286,7 @@ class _Merge:
         yield from persistent_buffers(self._base).items()
 
     def _load(self) -> Changes:
-        """Load the adapter, and the biases that it changes, and return the changes."""
+        """Load the adapter onto the empty model, with the biases that it changes. Return all changes."""
         adapted = load_onto_empty(self._base, self._adapter, self._read)
         record = require_record(adapted, MergeError)
         for name in record.active:
@@ -302,11 +302,11 @@ class _Merge:
         return changes_of(adapted, self._dtype)
 
     def _read(self, name: str) -> torch.Tensor | None:
-        """Return the stored values of a parameter; None if it is not stored."""
+        """Return the values of a parameter from the files; None if the files do not have it."""
         return self._stored.tensor(*next((group for group in self._names if name in group), [name]))
 
     def _give_values(self, model: nn.Module, name: str) -> None:
-        """Give a parameter on the meta device its stored values, if the adapter does not train it."""
+        """Load the values of a parameter from the files, if it is still on the meta device."""
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         old = module._parameters.get(leaf)
@@ -325,7 +325,7 @@ class _Merge:
         )
 
     def _planned(self) -> dict[Path, list[_Output]]:
-        """Return the tensors of each file: the stored ones, and one for each weight that becomes untied."""
+        """Return the tensors of each file of the result: the stored ones, and weights that become untied."""
         changed, added = self._changes_by_source()
         shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors()}
         result: dict[Path, list[_Output]] = {}
@@ -353,7 +353,7 @@ class _Merge:
         return result
 
     def _changes_by_source(self) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]]]:
-        """Return the changes of stored tensors, and tensors to add to the files.
+        """Return the names of changes by stored tensor, and the tensors that have to be added to the files.
 
         A tied weight is stored once. If its names have different changes, each name needs a tensor. The added
         tensors are listed by the stored tensor that they come from, as pairs of name and change.
@@ -389,9 +389,9 @@ class _Merge:
         return result, added
 
     def _parts_of(self, group: Sequence[str]) -> tuple[str, ...]:
-        """Return the stored tensors that are parts of a parameter, and record them.
+        """Return the stored tensors that together are one parameter of the model, and record them.
 
-        This is for a parameter that has no stored tensor itself.
+        This is for a parameter that the files have only in parts, such as the weights of single experts.
         """
         name = next((name for name in group if self._stored.parts(name)), None)
         if name is None or len(group) > 1:
@@ -406,16 +406,16 @@ class _Merge:
 
     @functools.cached_property
     def _names(self) -> list[list[str]]:
-        """The names of each parameter and buffer."""
+        """The names of each parameter and buffer. A tied parameter has several."""
         names: dict[int, list[str]] = {}
         for name, tensor in self._tensors():
             names.setdefault(id(tensor), []).append(name)
         return list(names.values())
 
     def _changed(self) -> dict[str, str]:
-        """Return the names of the parameters and buffers that change.
+        """Return the parameters and buffers that change: their names, each with the name of the change.
 
-        The value is the name of the change: equal for all names of a tied parameter that stay tied.
+        All names of a parameter that stay tied have the same change.
         """
         changes = self._changes
         owners: dict[int, str] = {}
@@ -426,7 +426,7 @@ class _Merge:
         return result | dict(changes.tied)
 
     def _head(self, name: str, head: StoredHead) -> StoredHead:
-        """Return the head of a tensor in the result."""
+        """Return the shape and the dtype that a stored tensor gets in the result."""
         if self._dtype is None or not self._is_cast(name, head):
             return head
         names = {dtype: name for name, dtype in _DTYPES.items()}
@@ -436,10 +436,11 @@ class _Merge:
         return head.dtype in _DTYPES and name.rpartition(".")[2] not in KEPT_IN_FP32
 
     def _header(self, file: Path) -> bytes:
-        """Return the head of a file of the result, in the format of safetensors.
+        """Return the bytes before the tensors in a file of the result, in the format of safetensors.
 
-        It is written here because the library needs all tensors of a file in memory. A file has the length of
-        the JSON as a 64-bit number, the JSON, and the tensors. See https://huggingface.co/docs/safetensors.
+        The header is written here, because the library needs all tensors of a file in memory. A file has the
+        length of the JSON as a 64-bit number, the JSON, and the tensors. See
+        https://huggingface.co/docs/safetensors.
         """
         with safetensors.safe_open(file, "pt") as opened:
             entries: dict[str, Any] = {"__metadata__": opened.metadata() or {"format": "pt"}}
@@ -485,9 +486,9 @@ class _Merge:
         return rows
 
     def _values(self, output: _Output, rows: dict[str, MergedSite]) -> torch.Tensor:
-        """Return a tensor of the result. If it is a merged weight, add its row of the report to ``rows``.
+        """Return the values of a tensor of the result. Store a merged weight's row of the report in ``rows``.
 
-        Any other tensor still has the dtype of the file of the model.
+        A tensor that is not merged still has the dtype of the model's file.
         """
         whole = self._parameter_of_part.get(output.source)
         if whole is None:
@@ -502,7 +503,7 @@ class _Merge:
     def _merged(
         self, output: _Output, old: torch.Tensor, rows: dict[str, MergedSite]
     ) -> torch.Tensor:
-        """Return a stored tensor, or the parameter that it is a part of, with its change."""
+        """Return the values of a stored tensor or of a whole parameter, with the adapter's change."""
         name, changes = output.change, self._changes
         if name in changes.biases:
             return changes.biases[name]
@@ -515,7 +516,7 @@ class _Merge:
         return merged
 
     def rows(self, rows: Mapping[str, MergedSite]) -> tuple[MergedSite, ...]:
-        """Return the rows of the report. Weights that are still tied get the same numbers."""
+        """Return the rows of the merge report, in which weights that are still tied have the same numbers."""
         return rows_of_report(self._changes.folds, self._changes.tied, rows)
 
     def settings(self) -> dict[str, str]:
@@ -539,7 +540,10 @@ class _Merge:
         return result
 
     def _ends_differ(self) -> bool:
-        """Return True if the embedding and the head were tied, and are not any more."""
+        """Return True if the input embedding and the head were tied, and become different weights.
+
+        The configuration then has to say so.
+        """
         if not getattr(getattr(self._base, "config", None), "tie_word_embeddings", False):
             return False
         ends: list[Any] = [
@@ -557,7 +561,7 @@ class _Merge:
 
 
 def _check_dense(folder: Path, adapter: Path) -> None:
-    """Raise for a quantized model."""
+    """Raise if the model in a folder is quantized, because its files cannot be merged one by one."""
     path = folder / "config.json"
     settings = _read_json(path).get("quantization_config") if path.is_file() else None
     if settings is None:
@@ -571,7 +575,7 @@ def _check_dense(folder: Path, adapter: Path) -> None:
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> None:
-    """Set the dtype in a configuration, and in those of its parts."""
+    """Set the dtype in a model's configuration, and in the configurations of its parts."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config]
     for key in keys or ["dtype"]:
         config[key] = name
@@ -605,7 +609,7 @@ class _Stage:
     """
 
     def __init__(self, source: Path, target: Path, key: str) -> None:
-        """Read the receipt of an earlier call.
+        """Read the receipt of an earlier merge that was interrupted, if its inputs were the same.
 
         Args:
             source: The folder of the model.
@@ -624,10 +628,10 @@ class _Stage:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Create the folder, or take over the folder of a call that was killed.
+        """Create the staging folder, or take over that of a merge that was killed, while the context is open.
 
         Raises:
-            MergeError: If another process writes it.
+            MergeError: If another process writes into the folder.
         """
         if in_use(self.folder):
             raise MergeError(
@@ -650,7 +654,7 @@ class _Stage:
             raise
 
     def has(self, file: Path) -> bool:
-        """Return True if the file of the result that belongs to a file of the model is complete."""
+        """Return True if the merged version of a file of the model is complete already."""
         entry, written = self._receipt["files"].get(file.name), self._result / file.name
         return (
             entry is not None
@@ -672,11 +676,11 @@ class _Stage:
             )
 
     def add(self, file: Path, write: Callable[[Path], dict[str, MergedSite]]) -> None:
-        """Write a file of the result, and note it in the receipt.
+        """Write a merged file into the staging folder, and note it in the receipt.
 
         Args:
             file: The file of the model.
-            write: Writes to a path, and returns the rows of the report.
+            write: Function that writes the file to a path, and returns the file's rows of the report.
         """
         source, written = _digest(file), self._result / file.name
         with replacing(written) as new:
@@ -695,7 +699,7 @@ class _Stage:
         rows: Callable[[Mapping[str, MergedSite]], Sequence[MergedSite]],
         untied: Sequence[str],
     ) -> None:
-        """Write the other files, and note the report in the receipt.
+        """Write the files without weights, and note the report in the receipt.
 
         Args:
             settings: Texts of files, by name.
@@ -719,11 +723,11 @@ class _Stage:
         self._save()
 
     def is_placed(self) -> bool:
-        """Return True if the result has its name, and only the end of :meth:`finish` is missing."""
+        """Return True if an earlier call put the result into place, but was killed before it cleaned up."""
         return "report" in self._receipt and self._target.exists() and not self._result.exists()
 
     def finish(self) -> MergeReport:
-        """Give the result its name, delete the folder, and return the report."""
+        """Move the result to its place, delete the staging folder, and return the report."""
         with _write_errors(self._target, self.folder):
             replaced = self.folder / "replaced"
             if self._result.exists():
@@ -767,7 +771,7 @@ def _flush_folder(path: Path) -> None:
 
 
 def _companions(folder: Path) -> list[Path]:
-    """Return the files of a model that are copied."""
+    """Return the files of a model's folder that a merge copies: settings and the tokenizer."""
     return _matching(folder, (*_SETTINGS, *COMPANIONS))
 
 
@@ -777,7 +781,10 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _digest_of_inputs(folder: Path, adapter: Path, options: Sequence[object]) -> str:
-    """Return a digest of everything that a result depends on, except for the weights of the model."""
+    """Return a digest of all inputs and options of a merge, except the weights of the model.
+
+    A merge that was killed is continued only if the digest is the same.
+    """
     files = [adapter] if adapter.is_file() else _matching(adapter, _OF_ADAPTERS)
     files += [*_companions(folder), *_matching(folder, (_INDEX,))]
     inputs = [_FORMAT, *options, [(path.name, _digest(path)) for path in files]]

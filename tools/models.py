@@ -115,7 +115,10 @@ def load_folder(folder: Path, *, weights: bool = True, adapter: Path | None = No
 
 
 def _configuration(transformers: Any, path: Path) -> tuple[Any, dict[str, Any]]:
-    """Return the configuration of a model, and the arguments with which ``from_pretrained`` loads it."""
+    """Read the configuration of a model's folder or GGUF file.
+
+    Return the configuration, and the arguments with which ``from_pretrained`` loads the model.
+    """
     source: dict[str, Any] = {"pretrained_model_name_or_path": path, "local_files_only": True}
     if not is_gguf(path):
         return transformers.AutoConfig.from_pretrained(**source), source
@@ -132,7 +135,7 @@ def _configuration(transformers: Any, path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise unless a path is a folder with the configuration of a model, or a GGUF file."""
+    """Raise unless a path is a GGUF file, or a folder with the configuration of a model."""
     if is_gguf(folder):
         check_gguf(folder)
         return
@@ -153,7 +156,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _download_command(name: str) -> str:
-    """Return a hint how to download a model, if its name looks like a name of the Hub; else an empty text."""
+    """Return a hint to download a model, if a missing folder looks like a name of the Hub; else ""."""
     if not _HUB_ID.fullmatch(name):
         return ""
     return (
@@ -183,7 +186,7 @@ _CLASSES_OF_TASK = {
 
 
 def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> Any:
-    """Return the class that an adapter was trained on, from its configuration.
+    """Return the model class that an adapter was trained on, from the adapter's configuration.
 
     The configuration names the class or a task. Return None if it names no class of transformers, and no task
     for which this model has a class.
@@ -214,7 +217,7 @@ def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> An
 
 
 def _shapes_and_labels(adapter: Path) -> tuple[dict[str, list[int]], dict[int, str]]:
-    """Return the shapes of an adapter's tensors by their names in the model, and its class names."""
+    """Return the shapes of an adapter's tensors by their names in the model, and the names of its labels."""
     from lora_fx.checkpoint import PREFIX, labels_in, read_tensors
 
     tensors, metadata = read_tensors(adapter)
@@ -230,7 +233,7 @@ def _set_labels(
     labels: Mapping[int, str],
     adapter: Path,
 ) -> None:
-    """Set the number and the names of the labels to those of a head that is stored with an adapter.
+    """Set the number and the names of a model's labels to those of the head in an adapter's folder.
 
     Args:
         config: The configuration of the model, which is changed.
@@ -283,7 +286,9 @@ def _build(architecture: Any, config: Any) -> nn.Module:
 
 
 def _mark_loaded(model: Any, folder: Path) -> None:
-    """Mark the parameters of a checkpoint as transformers does, so that a plan can detect a new head.
+    """Mark the parameters that were loaded from a folder, as transformers does.
+
+    A plan can then detect a head with random values.
 
     Only the head is checked, because parameters inside the base model may have other names in a file.
     """

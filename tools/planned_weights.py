@@ -54,7 +54,7 @@ class PlannedTensor(PackedTensor):
 
 
 class _PlannedFormat(PackedFormat):
-    """Format of weights without values.
+    """Format of the weights in a plan, which have a size but no values.
 
     Attributes:
         size: Returns the size in bytes of a matrix [out, in].
@@ -70,12 +70,12 @@ class _PlannedFormat(PackedFormat):
         return self.describe_as(weight, "planned", bits=8)
 
     def decode(self, weight: Any) -> Tensor:
-        """Return memory for the values."""
+        """Return an empty tensor in the shape and dtype of the dequantized values."""
         values: Tensor = weight.codes.new_empty(tuple(weight.shape), dtype=weight.dtype)
         return values
 
     def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
-        """Return a weight of the planned size."""
+        """Return a parameter without values that has the size of the packed weight."""
         size = self.size((values.shape[0], values.shape[1]))
         codes = torch.empty(size, dtype=torch.uint8, device=values.device)
         parts = Parts({"codes": codes}, tuple(values.shape), None)
@@ -118,5 +118,5 @@ def quantized_without_values(model: nn.Module, name: str) -> nn.Module:
 
 
 def names_of_formats() -> tuple[str, ...]:
-    """Return the formats of :func:`lora_fx.quantize`."""
+    """Return the names of the formats of :func:`lora_fx.quantize`, which a plan can assume."""
     return tuple(name for known in formats() if known is not _format for name in known.names)

@@ -14,7 +14,9 @@ _SLOWER = 1.2
 
 
 def slowdown() -> float:
-    """Return the time of a training step with PyTorch's threads, relative to one thread; 1 if there is one.
+    """Return how many times longer a training step takes with PyTorch's threads than with one thread.
+
+    The result is 1 if there is only one thread.
 
     The two settings are measured in turns, for a fraction of a second. The number of threads is restored.
     """

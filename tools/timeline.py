@@ -63,7 +63,7 @@ class Kind(StrEnum):
 
 @dataclass(eq=False)
 class Allocation:
-    """A block of memory that holds tensors during a training step.
+    """A storage that is allocated during a training step.
 
     Attributes:
         module: Name of the module that owns the parameter, or whose forward or backward allocated the
@@ -181,7 +181,10 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
     def _follow_calls(self) -> Iterator[None]:
-        """Track which module runs. A global module hook would make lora-fx keep other activations."""
+        """Track which module runs, while the context is open.
+
+        A global module hook would make lora-fx keep other activations.
+        """
         call: Callable[..., Any] = nn.Module.__call__
 
         def followed_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +207,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
             nn.Module.__call__ = call  # type: ignore[method-assign]
 
     def _assign_nodes(self, module: str) -> None:
-        """Record that the following autograd nodes belong to a module."""
+        """Record that autograd nodes which are created from now on belong to a module."""
         if not self._modules or self._modules[-1] != module:
             self._numbers.append(torch_private.next_node_number())
             self._modules.append(module)
@@ -225,7 +228,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
         return self._modules[index] if index >= 0 else ""
 
     def _is_recomputing(self) -> bool:
-        """Return True while the backward runs a forward again."""
+        """Return True while the backward recomputes a part of the forward."""
         return torch_private.in_backward() and (bool(self._stack) or torch.is_grad_enabled())
 
     def begin(self, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -265,12 +268,15 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
             entry.phase = ""
 
     def _assign(self, kind: Kind) -> None:
-        """Assign a kind to the live storages that have none."""
+        """Assign a kind to all live storages that have no kind yet."""
         for entry in self._allocations.values():
             entry.purpose = entry.purpose or kind
 
     def _name(self, model: nn.Module, name: str, tensor: Tensor, kind: Kind, of: str = "") -> None:
-        """Assign a kind, and the module and the name of a parameter, to the storage of a tensor."""
+        """Store a parameter's module, name and kind in the record of a tensor's storage.
+
+        The tensor is the parameter itself, its gradient, or a state of the optimizer.
+        """
         module, _, leaf = name.rpartition(".")
         # A module without a forward holds parameters for its parent.
         while module and type(model.get_submodule(module)).forward is nn.Module.forward:
@@ -300,7 +306,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
         return result
 
     def _follow_recomputation(self) -> None:
-        """When a recomputed forward has ended, assign a kind to the storages from it that are still live."""
+        """Assign a kind to the storages that a recomputed part of the forward has left, once it has ended."""
         if self._is_recomputing():
             if self._recomputed is None:
                 self._recomputed = len(self._changes)
@@ -389,7 +395,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
         return rows
 
     def _changes_before(self, columns: Sequence[int]) -> Iterator[list[tuple[Allocation, int]]]:
-        """Yield the changes of storages up to each column, from the preceding column or from the start."""
+        """Yield for each column the changes of storages since the preceding column, or since the start."""
         changes, position = list(self._before), 0
         for column in columns:
             while position < len(self._changes) and self._changes[position][0] <= column:
@@ -399,7 +405,7 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
             changes = []
 
     def part_of(self, entry: Allocation) -> str:
-        """Return the part of the model that a storage belongs to, or else the name of its module."""
+        """Return the name of the block, or of the module outside of blocks, to which a storage belongs."""
         name = entry.module
         while name and name not in self.parts:
             name = name.rpartition(".")[0]
@@ -439,7 +445,7 @@ def name_of(module: str) -> str:
 
 
 def _parts(module: nn.Module, name: str = "") -> Iterator[str]:
-    """Yield the names of the parts of a module: blocks in lists of modules, and modules outside of lists."""
+    """Yield the names of a model's blocks (children of module lists) and of the modules outside of lists."""
     for child_name, child in module.named_children():
         full = f"{name}.{child_name}".lstrip(".")
         if any(isinstance(inner, nn.ModuleList) for inner in child.modules()) and not (
@@ -451,7 +457,7 @@ def _parts(module: nn.Module, name: str = "") -> Iterator[str]:
 
 
 def _computes(func: Any, result: Any) -> bool:
-    """Return False for an operator like ``prim.device``, which neither returns nor changes a tensor."""
+    """Return True if an operator returns or changes a tensor, unlike ``prim.device``."""
     tensors = (isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
     return any(tensors) or bool(torch_private.schema_of(func).is_mutable)
 

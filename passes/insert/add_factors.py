@@ -64,7 +64,7 @@ class AddFactors(Pass):
 
     Attributes:
         adapter: The adapter's name.
-        loaded: True if the factors are loaded next, so that no start is computed from a weight.
+        loaded: True if a checkpoint overwrites the factors next, so that no start is computed from a weight.
     """
 
     name: ClassVar[str] = "add-factors"
@@ -74,7 +74,7 @@ class AddFactors(Pass):
     loaded: bool = False
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Add the parameters that are missing."""
+        """Add the factors, slots and dropout of each planned site that does not have them yet."""
         plan = capture.plan
         assert plan is not None
         rows = [row for row in plan.sites if not _there(capture.model, row, self.adapter)]
@@ -205,7 +205,7 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
 
 
 def _where_the_weight_is(model: nn.Module, row: PlannedSite, start: Start) -> Start:
-    """Return the local shards of a start, if the weight is sharded."""
+    """Shard the initial values of a site, if its weight is sharded."""
     weight = weight_at(model, row.site.weight)
     if not is_sharded(weight):
         return start
@@ -269,13 +269,15 @@ def computed_starts(
     rows: Iterable[PlannedSite],
     make: Callable[[PlannedSite, torch.Tensor], Start],
 ) -> list[tuple[PlannedSite, Start]]:
-    """Return the starts of sites. The model is not changed yet, so that an error leaves it intact.
+    """Compute the initial values of sites from their weights, and return each site with its start.
+
+    The model is not changed yet, so that an error leaves it intact.
 
     Args:
         model: A rewritten model.
         rows: The sites.
-        make: Returns the start of a site from its weight. If several sites are parts of one weight, each
-            gets the weight left by the one before.
+        make: Returns the start of a site from its weight. If several sites are parts of one weight, each gets
+            the weight that the start of the part before has left.
     """
     now: dict[str, torch.Tensor] = {}
     starts: list[tuple[PlannedSite, Start]] = []
@@ -293,7 +295,7 @@ def computed_starts(
 def start_factors(
     model: nn.Module, row: PlannedSite, adapter: str
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return the initial A and B whose product was subtracted from the base, or None if none was."""
+    """Return the initial A and B whose product was subtracted from the weight; None without a subtraction."""
     holder = model.get_submodule(row.site.holder)
     kept = holder._modules.get(_START_A)
     if kept is None or adapter not in kept._parameters:
@@ -324,7 +326,7 @@ def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
 def _factors_module(
     model: nn.Module, site: Site, name: str, cls: type[AdapterFactors] = AdapterFactors
 ) -> AdapterFactors:
-    """Return the module that holds a tensor of a site for all adapters, and create it if needed."""
+    """Return the module with all adapters' tensors of one name at a site, and create it if needed."""
     holder = _holder(model, site)
     if name not in holder._modules:
         holder.add_module(name, cls())
@@ -345,9 +347,9 @@ def _holder(model: nn.Module, site: Site) -> nn.Module:
 
 
 def _base_like(model: nn.Module, site: Site) -> torch.Tensor:
-    """Return a tensor with dtype, shape and device of :func:`base_weight`, for use without values.
+    """Return a tensor with dtype, shape and device of :func:`base_weight`. Its values have no meaning.
 
-    Nothing is dequantized or gathered.
+    It is for code that does not read values, so nothing is dequantized or gathered.
     """
     weight = weight_at(model, site.weight)
     if site.quantized is None and not is_partitioned(weight):

@@ -96,7 +96,7 @@ class _Wiring:
 
 
 class Writer:
-    """Writer of tagged nodes right after a given node.
+    """Writer that adds tagged nodes to a graph, right after a certain node.
 
     Attributes:
         made: The nodes written so far.
@@ -107,7 +107,7 @@ class Writer:
         self.made: list[fx.Node] = []
 
     def make(self, role: Role, op: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Create a tagged node."""
+        """Create a node with any op, and tag it with its role in the branch."""
         with self._graph.inserting_before(self._next):
             node = self._graph.create_node(op, target, args, kwargs)
         node.meta[META_KEY] = self._tag(role)
@@ -116,7 +116,7 @@ class Writer:
         return node
 
     def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """Create a tagged ``call_function`` node."""
+        """Create a ``call_function`` node, and tag it with its role in the branch."""
         return self.make(role, "call_function", target, *args, **kwargs)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
@@ -169,7 +169,7 @@ class Branch(Writer):
 
     @property
     def bias(self) -> fx.Node | None:
-        """Return the bias of the operation that applies B, or None."""
+        """Return the bias that the kind adds to the product with B, or None."""
         if "bias" not in self._known:
             bias = self._kind.branch_bias(self)
             if bias is None:
@@ -179,7 +179,7 @@ class Branch(Writer):
 
     @property
     def bias_taken(self) -> bool:
-        """Return True if the pattern has read :attr:`bias`, and it was not None."""
+        """Return True if the pattern has added :attr:`bias`, so that the kind need not add it."""
         return "bias" in self._known
 
     @property
@@ -203,8 +203,8 @@ class Branch(Writer):
     def item(self, letter: str, index: int) -> fx.Node:
         """Return one expert's matrix of a factor.
 
-        All branches of a graph use one ``unbind``. If each expert indexed the factor instead, the gradient of
-        each index operation would be as large as the whole factor.
+        All branches of a graph use one ``unbind``. If each expert indexed the factor instead, each index
+        operation would have a gradient as large as the whole factor.
         """
         name = self._names[letter]
         if name not in self._items:
@@ -241,7 +241,8 @@ class Branch(Writer):
     ) -> None:
         """Record the function that can replace the operation and its branch.
 
-        See :class:`lora_fx.ir.FusedBranch` for the arguments. A branch without :meth:`low_rank` has none.
+        See :class:`lora_fx.ir.FusedBranch` for the arguments. Nothing is recorded for a branch that was
+        written without :meth:`low_rank`.
         """
         if not self._low_rank:
             return
@@ -282,7 +283,7 @@ class Branch(Writer):
         return self._kind.factor(self, letter, stored)
 
     def stored(self, letter: str) -> fx.Node:
-        """Return a factor as it is stored."""
+        """Return the node that reads a factor, as it is stored."""
         return self._read(self._names[letter])
 
     def cast_factor(self, letter: str) -> fx.Node:
@@ -291,7 +292,7 @@ class Branch(Writer):
         return self.cast(self.factor(letter))
 
     def read_slot(self, name: str, role: Role = Role.FACTOR) -> fx.Node:
-        """Return a slot of the kind, as it is stored."""
+        """Return the node that reads a slot of the kind, as it is stored."""
         return self._read(self._slots[name], role)
 
     def cast_slot(self, name: str) -> fx.Node:
@@ -305,7 +306,7 @@ class Branch(Writer):
         return self.call(Role.CAST, parts.slot_beside, slot, a, self.base)
 
     def spread_slot(self, name: str, outside: float) -> fx.Node:
-        """Return a slot, reshaped to broadcast over the output.
+        """Return a slot with a value for each output feature, reshaped to broadcast over the output.
 
         If the site is a part of a weight, the output features of the other parts get the value `outside`.
         """
@@ -315,7 +316,7 @@ class Branch(Writer):
         return self.spread(vector)
 
     def read_weight(self, role: Role) -> fx.Node:
-        """Return the weight of the site."""
+        """Write and return a node that reads the weight of the site."""
         return self.make(role, "get_attr", self.site.weight)
 
     def other(self, adapter: str) -> tuple[fx.Node, fx.Node, float]:
@@ -324,7 +325,7 @@ class Branch(Writer):
         return self._read(a), self._read(b), scale
 
     def cast_to_output(self, node: fx.Node) -> fx.Node:
-        """Return a node cast to the dtype of the operation's output."""
+        """Write and return a cast of a node to the dtype of the operation's output."""
         return self.call(Role.CAST, branch.cast_like, node, self.base)
 
     @property
@@ -334,19 +335,19 @@ class Branch(Writer):
         return self._read(join(holder.rpartition(".")[0], "training"), Role.DROPOUT)
 
     def cast(self, node: fx.Node) -> fx.Node:
-        """Return a node cast to the dtype of the operation's output, if that differs."""
+        """Return a node cast to the dtype of the operation's output, or the node if no cast is needed."""
         return (
             self.call(Role.CAST, branch.cast_like, node, self.base) if self._wiring.cast else node
         )
 
     def padded(self, up: fx.Node) -> fx.Node:
-        """Return the output of a branch, with zeros for output features outside the site."""
+        """Return a branch's output, padded with zeros for output features that are not part of the site."""
         if self.padding is None:
             return up
         return self.call(Role.PAD, branch.pad_features, up, *self.padding)
 
     def spread(self, vector: fx.Node) -> fx.Node:
-        """Return a vector of the output features, reshaped to broadcast over the output."""
+        """Return a vector with a value for each output feature, reshaped to broadcast over the output."""
         call = self.applied
         if call.axes == (-1,):
             return vector
@@ -356,13 +357,16 @@ class Branch(Writer):
         )
 
     def of_call(self, target: Any, *args: Any) -> fx.Node:
-        """Write a node that serves the whole call. It has no tag, so it is not part of the branch."""
+        """Write a node for all samples of a call, [samples, ...].
+
+        The node has no tag, so :mod:`lora_fx.passes.insert.select_rows` does not restrict it to rows.
+        """
         node = self.call(Role.ROWS, target, *args)
         del node.meta[META_KEY]
         return node
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
-        """Return the node of a key. The first call for a key writes the node with ``make``."""
+        """Return the node stored under a key. The first request for a key writes the node with ``make``."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
@@ -461,7 +465,7 @@ class Insert(Pass):
 
 
 def read_base(region: Region, operation: fx.Node, weight: str) -> None:
-    """Make an operation read the base's weight. Its other readers get the adapted weight."""
+    """Make an operation read the unadapted weight. Other readers of the weight get the adapted one."""
     graph = region.graph
     paths = {value: path_to_weight(value, region) for value in operation.all_input_nodes}
     paths = {value: path for value, path in paths.items() if path and path[-1].target == weight}
@@ -484,7 +488,10 @@ def read_base(region: Region, operation: fx.Node, weight: str) -> None:
 
 
 def _copy_of(graph: fx.Graph, path: tuple[fx.Node, ...]) -> fx.Node:
-    """Copy the nodes of a path, whose last node reads the base's weight, and return the first copy."""
+    """Copy the nodes from an operand back to the weight that it is computed from. Return the copied operand.
+
+    The last node of the path reads the weight, and its copy reads the unadapted weight.
+    """
     copies: dict[fx.Node, fx.Node] = {}
     for node in reversed(path):
         copies[node] = graph.node_copy(node, lambda old: copies.get(old, old))
@@ -494,7 +501,10 @@ def _copy_of(graph: fx.Graph, path: tuple[fx.Node, ...]) -> fx.Node:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """Branch to write, with names relative to the region. Equal jobs on equal graphs give equal graphs."""
+    """One branch to write. Its names are relative to the region, so that equal layers have equal jobs.
+
+    Equal jobs on equal graphs give equal graphs.
+    """
 
     part: str
     wiring: _Wiring
@@ -530,7 +540,7 @@ def _tag(part: str, adapter: str, role: Role) -> Tag:
 def _missing(
     rows: Iterable[PlannedSite], regions: Mapping[str, Region], adapter: str
 ) -> dict[str, list[tuple[PlannedSite, int]]]:
-    """Return the rows and call indices to insert, by region.
+    """Return the branches that the graphs lack, as planned sites with the index of a call, by region.
 
     A call is skipped if its region no longer exists, or if its graph already has the adapter's branch.
     """
@@ -561,7 +571,7 @@ See = Callable[[PlannedSite, torch.Tensor], None]
 
 
 def observed(capture: Capture, rows: Iterable[PlannedSite], see: See) -> Iterator[Region]:
-    """Yield the regions of sites, with graphs that pass the inputs of the sites to a function.
+    """Yield regions whose graphs also pass the input of each site to the function ``see``.
 
     Args:
         capture: A captured model, which is not changed.

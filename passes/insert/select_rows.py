@@ -92,10 +92,10 @@ class _Axes(NamedTuple):
     """Axes of the rows in the input and the output of an operation.
 
     Attributes:
-        source, result: The axis in the input and the output. :data:`lora_fx.runtime.rows.samples.COLUMNS` if
-            the weight is the left operand.
+        source, result: The axis in the input, and the axis in the output.
+            :data:`lora_fx.runtime.rows.samples.COLUMNS` if the weight is the left operand.
         least: Smallest number of dimensions of the input; 0 for no minimum.
-        base: The operation, if it is known.
+        base: The node of the operation, if it is known.
     """
 
     source: int = 0
@@ -128,7 +128,7 @@ def _axes(node: fx.Node, region: Region) -> _Axes:
 
 
 class _Gather(NamedTuple):
-    """Gather of tokens as rows of experts.
+    """The operation that gathers tokens into rows for experts.
 
     Attributes:
         hidden: The tokens.
@@ -142,7 +142,7 @@ class _Gather(NamedTuple):
 
 
 def _gather(node: fx.Node) -> _Gather | None:
-    """Return the gather of tokens for experts that a node computes, or None."""
+    """Return the gather that a node computes, or None if the node does not gather tokens for experts."""
     if node.target is experts.sorted_by_expert:
         hidden, chosen = node.args[:2]
         for user in node.users:
@@ -164,7 +164,7 @@ _ORDER = 4  # index of the order in the results of sorted_by_expert
 
 
 def _gather_behind(node: fx.Node) -> _Gather | None:
-    """Return the gather that a value comes from, or None if there is none or several."""
+    """Return the gather from which a value is computed, or None if there is no gather or several."""
     gathers: set[_Gather] = set()
     waiting, seen = [node], {node}
     while waiting:
@@ -180,9 +180,9 @@ def _gather_behind(node: fx.Node) -> _Gather | None:
 
 
 def _gather_of(node: fx.Node) -> _Gather | None:
-    """Return the gather that decides the rows of a node of a branch.
+    """Return the gather that says which token each row of a branch's node belongs to, or None.
 
-    A factor has no gather behind it, so it gets the gather of the product that reads it.
+    A factor is not computed from a gather, so it gets the gather of the product that reads it.
     """
     gather = _gather_behind(node)
     users = () if gather is not None else node.users
@@ -222,13 +222,16 @@ class _RowEditor:
         return axes
 
     def note(self, node: fx.Node, tag: Tag) -> None:
-        """Record which module holds the factors and the rows of a branch."""
+        """Record the module with the factors of a branch, if a node of the branch reads a factor.
+
+        That module also has the table of rows.
+        """
         if tag.role is Role.FACTOR and node.op == "get_attr":
             holder = str(node.target).rpartition(".")[0].rpartition(".")[0]
             self._holders.setdefault((tag.weight, tag.adapter), holder)
 
     def select(self, node: fx.Node, tag: Tag, *, results: bool = False) -> None:
-        """Make a node of a branch read only the adapter's rows of activations from outside.
+        """Make a node of a branch read only the adapter's rows of tensors from outside the branch.
 
         Args:
             node: The node.
@@ -279,7 +282,10 @@ class _RowEditor:
             node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def _stays(self, read: fx.Node) -> bool:
-        """Return True if a value that a branch reads is internal to it, or the same for all samples."""
+        """Return True if a branch reads a value whole, and not only the rows of its adapter.
+
+        Such values are computed in the branch itself, or are the same for all samples.
+        """
         if _adapter_of(read) and role_of(read) is not Role.ADD:
             return True
         return read.op == "get_attr" or constant_of(read, self._region) is not None

@@ -69,7 +69,7 @@ _drawn = itertools.count()
 
 
 def _of_first_process(seed: int) -> int:
-    """Return the seed of rank 0 of the default group. The n-th call of a rank gets the n-th seed."""
+    """Return rank 0's seed on every rank. The n-th call of a rank gets the seed of rank 0's n-th call."""
     # The other processes of a "fake" group do not exist.
     if torch.distributed.get_world_size() == 1 or torch.distributed.get_backend() == "fake":
         return seed
@@ -166,7 +166,7 @@ def pissa(
 
 
 def olora(matrices: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factors of OLoRA (Büyükakyüz 2024, arXiv:2406.01775): the QR decomposition, cut off.
+    """Return the factors of OLoRA (Büyükakyüz 2024, arXiv:2406.01775): a QR decomposition cut to the rank.
 
     Args:
         matrices: The weight, [n, out, in].
@@ -180,7 +180,7 @@ def olora(matrices: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def signs(directions: torch.Tensor) -> torch.Tensor:
-    """Return signs that make the largest entry of each direction positive.
+    """Return the signs by which to multiply vectors, so that the largest entry of each is positive.
 
     A singular value decomposition does not determine the signs of its vectors.
 
@@ -302,7 +302,10 @@ def corda(
 
 
 def _inverted(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the moments, damped by a multiple of the identity until they are invertible, and the inverse."""
+    """Damp second moments until they are invertible. Return the damped moments and their inverse.
+
+    The damping is a multiple of the identity.
+    """
     identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     mean = moments.diagonal().mean()
     damping = _DAMPING
@@ -379,7 +382,7 @@ def _directions(
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Initial values of a site.
+    """Initial values of the factors of a site, and the new weight if the start changes it.
 
     Attributes:
         a, b: Values of the factors.
@@ -398,13 +401,13 @@ def initial_start(
 ) -> Start:
     """Return the initial values of a site, computed without data.
 
-    An initialization that needs data gets plain values first; :func:`data_start` replaces them.
+    For an initialization that needs data, these are plain values that :func:`data_start` replaces later.
 
     Args:
         row: The site.
         weight: Its weight. It is not changed.
         config: The configuration. Random numbers come from a generator for each site.
-        loaded: True if the factors are loaded next, so that the kind need not compute their start.
+        loaded: True if a checkpoint overwrites the factors next, so that the kind need not compute a start.
 
     Raises:
         ConfigError: If the weight has values that are not finite.
@@ -434,7 +437,7 @@ def _with_values(
     shapes: Any,
     loaded: bool,
 ) -> Start:
-    """Return the start from a weight that has values."""
+    """Return the initial values of a site whose weight has values, unlike one on the meta device."""
     generator = site_generator(row.name, config)
     if not isinstance(start, str) or start == "gaussian":
         pair = plain(row.site, shapes, start, generator)
@@ -462,7 +465,7 @@ def _check_decomposes(row: PlannedSite, weight: torch.Tensor, setting: str) -> N
 def data_start(
     row: PlannedSite, weight: torch.Tensor, config: LoraConfig, seen: torch.Tensor
 ) -> Start:
-    """Return the initial values of a site, for an initialization that needs data.
+    """Return the initial values of a site, computed from statistics of data (EVA, CorDA, LoRA-GA).
 
     Args:
         row: The site.

@@ -63,7 +63,7 @@ class AddTokens(Pass):
 
     Attributes:
         adapter: The adapter's name.
-        loaded: True if the rows are loaded next, so that the base's own rows are not needed.
+        loaded: True if a checkpoint overwrites the rows next, so that the base's own rows are not needed.
     """
 
     name: ClassVar[str] = "add-tokens"
@@ -73,7 +73,10 @@ class AddTokens(Pass):
     loaded: bool = False
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Add the parameters that are missing. A head that is tied to an embedding shares its parameter."""
+        """Add a parameter for the trained rows of each planned embedding or head that has none yet.
+
+        A head that is tied to an embedding shares its parameter.
+        """
         model, changed = capture.model, False
         assert capture.plan is not None
         rows = capture.plan.tokens
@@ -113,7 +116,7 @@ class TrainTokens(Pass):
     adapter: str = "default"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Edit each graph that applies one of the weights, once."""
+        """Write the trained rows into each graph that applies one of the weights, once."""
         rows, regions = self.rows, dict(capture.regions)
         if rows is None:
             assert capture.plan is not None
@@ -135,7 +138,7 @@ class TrainTokens(Pass):
 
 
 class _Edit(Writer):
-    """Writer of the nodes after one application of the weight."""
+    """Writer of the nodes that replace the output of a lookup or a head by the output with trained rows."""
 
     def __init__(
         self, capture: Capture, region: Region, row: PlannedTokens, call: Call, adapter: str
@@ -154,7 +157,7 @@ class _Edit(Writer):
         self._cast = adapter_dtype(weight) != weight.dtype or call.cast
 
     def apply(self) -> None:
-        """Write the nodes, and replace the base operation's output by their result."""
+        """Write the nodes, and replace the operation's output by the output with trained rows."""
         read_base(self._region, self._base, self._names["weight"])
         result = self._lookup() if self._row.lookup else self._product()
         self.replace(self._base, result)
@@ -184,7 +187,7 @@ class _Edit(Writer):
         return self.make(Role.TOKENS, "call_method", "type_as", node, self._base)
 
     def _read_now(self) -> fx.Node:
-        """Return the node that the operation reads now. Earlier edits may have replaced its input."""
+        """Return the current input node of the operation. Earlier edits may have replaced the input."""
         base = self._base
         if self._row.lookup:
             return lookup(base)[0]
@@ -218,7 +221,10 @@ class Unfreeze(Pass):
     needs: ClassVar[str] = "plan"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Replace frozen, shared parameters by trainable copies. Trainable parameters stay."""
+        """Replace frozen parameters that are shared with the user's model by trainable copies.
+
+        Parameters that are trainable already stay as they are.
+        """
         copies: dict[nn.Parameter, nn.Parameter] = {}
         done = []
         plan = capture.plan

@@ -50,7 +50,7 @@ class Rounding:
 
     @classmethod
     def named(cls, name: str, *, seed: int = 0) -> Rounding:
-        """Return a rounding by its name.
+        """Return the rounding method with a name: ``nearest``, ``compensated`` or ``stochastic``.
 
         Raises:
             MergeError: If the name is unknown, or the seed is not a whole number.
@@ -65,7 +65,7 @@ class Rounding:
     def round(
         self, exact: torch.Tensor, grid: Grid, rows: tuple[PlannedSite, ...]
     ) -> torch.Tensor | None:
-        """Round a merged weight to values of a grid, if its sites are products with a matrix.
+        """Round a merged weight to the values of a grid, by error feedback or at random.
 
         Args:
             exact: The merged weight, in its own shape.
@@ -73,8 +73,8 @@ class Rounding:
             rows: The planned sites of the weight.
 
         Returns:
-            fp32, in the shape of the weight. None for rounding to nearest, and if the sites are no products
-            with a matrix.
+            fp32, in the shape of the weight. None for rounding to nearest, which the caller does, and if the
+            sites are not products with a matrix.
         """
         matrix = matrix_of(rows[0].site, exact)
         if self.name == "nearest" or matrix is None:
@@ -100,7 +100,7 @@ NEAREST = Rounding()
 
 
 def is_matrix_product(site: Site) -> bool:
-    """Return True if an operation multiplies vectors with its weight, a matrix."""
+    """Return True if a site is a plain product of vectors with a matrix, which error feedback needs."""
     plain = site.family == "linear" and site.experts is None and site.groups == 1
     return plain and site.view is None and site.order is None and len(site.weight_shape) == 2
 
@@ -120,7 +120,10 @@ _ELEMENTS = 1 << 24
 
 
 def _row_moments(columns: int) -> torch.Tensor:
-    """Return second moments for unknown inputs. With them, errors along a row add up to about zero."""
+    """Return the second moments to assume for unknown inputs, [columns, columns].
+
+    With these, the rounding errors along a row add up to about zero.
+    """
     return torch.eye(columns) + 1
 
 
@@ -181,7 +184,7 @@ def _unit_factor(moments: torch.Tensor) -> torch.Tensor:
 
 
 def _fed_forward(targets: torch.Tensor, grid: Grid, upper: torch.Tensor) -> torch.Tensor:
-    """Round column by column, and add the errors to later columns.
+    """Round a matrix column by column, and add the error of each column to later columns.
 
     Args:
         targets: The matrix transposed, [in, out].
@@ -204,7 +207,7 @@ def _fed_forward(targets: torch.Tensor, grid: Grid, upper: torch.Tensor) -> torc
 def _improved(
     targets: torch.Tensor, errors: torch.Tensor, grid: Grid, moments: torch.Tensor
 ) -> torch.Tensor:
-    """Choose each column once more, the best one while all others stay.
+    """Round each column once more, to the best values while all other columns stay.
 
     Args:
         targets: The matrix transposed, [in, out].

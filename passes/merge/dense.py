@@ -80,7 +80,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_dtype(dtype: object) -> None:
-    """Raise for anything but a dtype of weights, or None.
+    """Raise if an argument ``dtype`` is neither a dtype that weights can have nor None.
 
     Raises:
         MergeError: If it is something else.
@@ -91,12 +91,12 @@ def check_dtype(dtype: object) -> None:
 
 
 class Keep(Protocol):
-    """Function that decides where a new weight is stored."""
+    """Type of the argument ``keep``: a function that can store each new weight elsewhere."""
 
     def __call__(
         self, weight: torch.Tensor, again: Callable[[], torch.Tensor] | None = None, /
     ) -> torch.Tensor:
-        """Return a tensor of the same values, to use instead of the weight.
+        """Return a tensor with the values of a new weight, for the model to use instead of the weight.
 
         Args:
             weight: The new weight.
@@ -108,7 +108,7 @@ class Keep(Protocol):
 def keep_all(
     weight: torch.Tensor, again: Callable[[], torch.Tensor] | None = None, /
 ) -> torch.Tensor:
-    """Keep each new weight as it is; see :class:`Keep`."""
+    """Return each new weight itself: the default for an argument of type :class:`Keep`."""
     return weight
 
 
@@ -119,7 +119,9 @@ def cast_model(
     *,
     buffers: bool = True,
 ) -> None:
-    """Cast parameters and buffers, as ``nn.Module.to`` does. Parameters are new, and tied ones stay tied.
+    """Cast parameters and buffers, as ``nn.Module.to`` does, but into new parameters.
+
+    Tied parameters stay tied.
 
     Rotary frequencies stay in fp32, as transformers loads them.
 
@@ -154,7 +156,10 @@ def cast_model(
 
 
 def _to_cast(module: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Return the parameters of a module that a cast to a dtype replaces, by name."""
+    """Return the parameters of a module that have to be cast to a dtype, by name.
+
+    Quantized, lazy and integer parameters are left out.
+    """
     return {
         leaf: old
         for leaf, old in module._parameters.items()
@@ -182,7 +187,7 @@ def _cast_parameter(
 
 
 def cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """Return a tensor of the base in another dtype.
+    """Return a tensor in another dtype, and raise if a number overflows.
 
     Args:
         values: A floating-point tensor.
@@ -245,7 +250,7 @@ def quantized_weights(model: nn.Module) -> dict[str, Quantization]:
 
 
 def _stored(weight: torch.Tensor) -> Quantization | None:
-    """Return the quantization of a weight, or of this process's part of it; None if it is dense."""
+    """Return the quantization of a weight, or of the local shard of a sharded weight; None if dense."""
     return quantization_of(torch_private.local_tensor(weight))
 
 
@@ -325,7 +330,10 @@ def make_dense(
 
 
 def _make_plain(module: nn.Module) -> None:
-    """Turn a library's layer with a dense weight into a layer of torch; leave any other module unchanged."""
+    """Turn a library's quantized layer with a weight that is now dense into torch's, such as ``nn.Linear``.
+
+    Any other module stays as it is.
+    """
     if not any(quantization_of(parameter) for parameter in module._parameters.values()):
         for hooks in (torch_private.load_hooks(module), torch_private.state_hooks(module)):
             for key in [key for key, hook in hooks.items() if is_format_hook(hook)]:
@@ -349,7 +357,10 @@ def _make_plain(module: nn.Module) -> None:
 
 
 def _plain(module: nn.Module) -> tuple[LibraryLayers, type[nn.Module]] | None:
-    """Return the layers of a module's library, and torch's class for such a layer with a dense weight."""
+    """Return the library of a quantized layer, and torch's class for the layer with a dense weight.
+
+    Return None for any other module.
+    """
     for known in formats():
         plain = known.layers.plain(type(module))
         if plain is not None:
@@ -360,7 +371,7 @@ def _plain(module: nn.Module) -> tuple[LibraryLayers, type[nn.Module]] | None:
 def _is_known(
     module: nn.Module, weight: nn.Parameter, name: str, layouts: Mapping[str, Layout]
 ) -> bool:
-    """Return True if the code that reads a weight can read a dense one instead."""
+    """Return True if a quantized weight can be replaced by a dense one, because its reader can read both."""
     known = format_of(torch_private.local_tensor(weight))
     return bool(known and known.shows_values) or name in layouts or _plain(module) is not None
 
@@ -389,7 +400,7 @@ def _reverses(conversion: Any) -> bool:
 
 
 def forget_loader(model: nn.Module) -> None:
-    """Remove the marks of a model whose weights transformers has dequantized while it loaded them (GGUF).
+    """Remove transformers' quantizer from a model whose weights it dequantized while loading (GGUF).
 
     Without this, ``save_pretrained`` refuses the model. Any other model stays as it is.
 
@@ -404,7 +415,10 @@ def forget_loader(model: nn.Module) -> None:
 
 
 def _forget(model: nn.Module) -> None:
-    """Remove the attributes of a quantized model. With them, transformers would save it as quantized."""
+    """Remove the attributes that mark a model of transformers as quantized.
+
+    With these attributes, transformers would save the model as quantized.
+    """
     for module in model.modules():
         for name in _OF_MODELS:
             module.__dict__.pop(name, None)
@@ -416,11 +430,11 @@ def _forget(model: nn.Module) -> None:
 def stripped(model: nn.Module, record: Record) -> nn.Module:
     """Return a copy of the base model: its own classes, no factors, ``requires_grad`` as before.
 
-    Modules that ran a graph before the rewrite, over quantized weights, run it again. Attributes that
+    Modules that ran a graph over quantized weights before the rewrite run that graph again. Attributes that
     trainers have set since are left out.
 
     Raises:
-        MergeError: If those cannot be told from attributes that other code has set.
+        MergeError: If the attributes of trainers cannot be told from those that other code has set.
     """
     by_hand = trained_by_hand(model, record)
     result = copy_without_trainers(model, record.forwards, MergeError)
@@ -453,7 +467,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
 
 
 def _drop_graph(module: nn.Module) -> None:
-    """Make a module run its own forward, and remove the buffers that only its graph has read."""
+    """Make a module run its own forward instead of a graph, and remove buffers that only the graph reads."""
     uninstall(module)
     # The buffers of a script module are in a container that cannot be iterated without keys().
     for name in [name for name in module._buffers.keys() if name.startswith(CONSTANT)]:  # noqa: SIM118

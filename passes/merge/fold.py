@@ -84,7 +84,9 @@ def _wide_factors(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and ``s · B`` in another dtype. B is scaled because it has fewer elements than the product.
+    """Return A and ``s · B`` of a site in another dtype, usually a wider one.
+
+    B is scaled because it has fewer elements than the product.
 
     Args:
         model: The rewritten model.
@@ -104,7 +106,9 @@ def _pair(
     device: torch.device | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B as the pattern reads them. A head tied to an embedding stores them transposed.
+    """Return A and B of a site, in the shapes that the site's pattern reads.
+
+    A head tied to an embedding stores them transposed.
 
     Raises:
         MergeError: If no weight has the effect of the adapter.
@@ -134,7 +138,10 @@ def check_mergeable(model: nn.Module, row: PlannedSite, adapter: str) -> None:
 
 
 def _sums_over_rank(row: PlannedSite) -> bool:
-    """Return True if each element of ΔW is a sum over the rank: so for the patterns of this package."""
+    """Return True if each element of ΔW is known to be a sum over the rank, which exact summation needs.
+
+    This holds for the patterns of this package.
+    """
     return type(pattern_of(row.site)).delta.__module__.startswith(_OURS)
 
 
@@ -153,8 +160,8 @@ def _sliced_factors(
         device: The device of the result.
 
     Returns:
-        The slices of A and of ``s · B``. None if numbers are too large for that, or if a pattern that is not
-        of this package computes ΔW.
+        The slices of A and of ``s · B``. None if numbers are too large to be sliced, or if a pattern from
+        another package computes ΔW.
     """
     if not _sums_over_rank(row):
         return None
@@ -169,7 +176,7 @@ def _sliced_factors(
 
 
 def _exact_terms(row: PlannedSite, slices: _Slices, shape: torch.Size) -> Iterator[torch.Tensor]:
-    """Yield tensors whose sum is ``s·BA``.
+    """Yield tensors whose sum is ``s · BA``: the exact products of slices of A and of ``s · B``.
 
     Args:
         row: The site.
@@ -190,10 +197,13 @@ def _add_change(
     base: torch.Tensor,
     slices: _Slices | None = None,
 ) -> None:
-    """Add ``ΔW``: ``s·BA``, or the difference between the kind's transform of ``W + s·BA`` and W.
+    """Add one site's change ``ΔW`` to a part of the weight.
+
+    The change is ``s·BA``. For a kind that transforms the weight, it is the transform of ``W + s·BA`` minus
+    W.
 
     Args:
-        total: A part of the weight, in the dtype of the computation.
+        total: The part of the weight, in the dtype of the computation. It is changed in place.
         row: The site.
         pair: A and ``s · B`` for that part; None without factors.
         values: The slots of the kind for that part.
@@ -228,7 +238,7 @@ def _add_change(
 def cannot_overflow(
     model: nn.Module, rows: Sequence[tuple[PlannedSite, str]], dtype: torch.dtype
 ) -> bool:
-    """Return True if no finite weight can overflow in this merge; False if that is unknown.
+    """Return True if no finite weight can overflow in a merge of these sites; False if that is unknown.
 
     ``|s (BA)_ij| ≤ |s| · r · max|A| · max|B|``. A change of less than half a unit in the last place of a
     dtype's largest number rounds away when it is added to that number. A kind that transforms the weight
@@ -267,7 +277,7 @@ _PARTS = 4
 
 
 class Workspace:
-    """Memory for the folds of a merge, which reuse it one after the other.
+    """Memory that the folds of a merge reuse, one fold after the other.
 
     Allocating new memory takes longer than the computation in it.
     """
@@ -276,7 +286,7 @@ class Workspace:
         self._kept: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
     def take(self, use: str, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return memory for some numbers, uninitialized: the same memory each time for the same use."""
+        """Return uninitialized memory for ``count`` numbers. Calls with equal ``use`` share memory."""
         key = (use, dtype, device)
         memory = self._kept.get(key)
         if memory is None or len(memory) < count:
@@ -285,7 +295,7 @@ class Workspace:
 
 
 class _Part(NamedTuple):
-    """The change of a site.
+    """The change of one site, or of some of its output features, in the dtype of the computation.
 
     Attributes:
         pair: A and ``s · B``; None without factors.
@@ -300,7 +310,7 @@ class _Part(NamedTuple):
     sliced: frozenset[str] = frozenset()
 
     def rows(self, first: int, last: int, *, experts: bool) -> _Part:
-        """Return the change of some output features, or experts."""
+        """Return the change for a range of output features, or of experts."""
         sliced = self.slices
         if sliced is not None:
             a, b = sliced
@@ -319,7 +329,7 @@ class _Part(NamedTuple):
 
 
 class _Folded:
-    """The changes that are folded into one weight."""
+    """Base class for the changes that are folded into one weight, with their sites and adapters."""
 
     rows: Any
 
@@ -356,7 +366,9 @@ class Fold(_Folded):
     workspace: Workspace = dataclasses.field(default_factory=Workspace, compare=False, repr=False)
 
     def check(self, old: torch.Tensor) -> None:
-        """Raise if :meth:`fold_into` would fail, because it cannot restore the part that it has overwritten.
+        """Raise if the merged weight overflows, before :meth:`fold_into` overwrites the old weight.
+
+        :meth:`fold_into` could not restore the part that it has overwritten.
 
         This needs no memory of the weight's size.
 
@@ -475,7 +487,10 @@ class Fold(_Folded):
             )
 
     def _cannot_overflow(self, dtype: torch.dtype) -> bool:
-        """Return True if overflow is ruled out without reading the weight."""
+        """Return True if the factors alone show that the merged weight cannot overflow.
+
+        The weight itself is not read.
+        """
         return not self._moved and cannot_overflow(self.model, self.rows, dtype)
 
     def _parts(
@@ -501,7 +516,7 @@ class Fold(_Folded):
         return parts
 
     def _add(self, total: torch.Tensor, start: int, parts: list[_Part]) -> None:
-        """Add all changes to a slice of the weight that begins at ``start``."""
+        """Add the changes of all sites to a slice of the weight that begins at ``start``."""
         plain = self._plain
         if plain and all(part.slices is not None for part in parts):
             sum_exactly(total, lambda: self._terms(total, start, parts))
@@ -532,7 +547,10 @@ class Fold(_Folded):
     def _here(
         self, total: torch.Tensor, start: int, parts: list[_Part]
     ) -> Iterator[tuple[PlannedSite, str, _Part, int, int]]:
-        """Yield each site in a slice of the weight, with its change to the slice and its range in it."""
+        """Yield each site that has output features in a slice of the weight.
+
+        Each comes with its adapter, its change to the slice, and its range of output features in the slice.
+        """
         for (row, adapter), part in zip(self.rows, parts, strict=True):
             axis = row.site.axis
             first, last = row.site.rows or (0, row.site.applied_shape[axis])
@@ -544,7 +562,7 @@ class Fold(_Folded):
             yield row, adapter, part, low - start, high - start
 
     def _terms(self, total: torch.Tensor, start: int, parts: list[_Part]) -> Iterator[Term]:
-        """Yield all changes to a slice of the weight, as exact terms."""
+        """Yield all changes to a slice of the weight, as terms for :func:`sum_exactly`."""
         site = self.rows[0][0].site
         for value, sign in self._moves(self._moved):
             moved = value.narrow(site.axis, start, total.shape[site.axis])
@@ -557,7 +575,7 @@ class Fold(_Folded):
 
     @functools.cached_property
     def _plain(self) -> bool:
-        """True if no kind transforms the sum."""
+        """True if every change is a sum, because no kind transforms the weight."""
         return not any(kind_of(row).transforms for row, _ in self.rows)
 
     @functools.cached_property
@@ -568,14 +586,14 @@ class Fold(_Folded):
         return tuple(name for name in owners if weight in self.record.adapters[name].own)
 
     def _add_moves(self, total: torch.Tensor, start: int, adapters: tuple[str, ...]) -> None:
-        """Add the changes that initializations made to the weight itself."""
+        """Add to a slice of the weight the changes that the initializations of some adapters made to it."""
         site = self.rows[0][0].site
         for value, sign in self._moves(adapters):
             part = value.narrow(site.axis, start, total.shape[site.axis])
             total.add_(part.to(total), alpha=sign)
 
     def _moves(self, adapters: tuple[str, ...]) -> Iterator[tuple[torch.Tensor, int]]:
-        """Yield pairs of a tensor and its sign, whose sum is the change that initializations made.
+        """Yield tensors with signs, whose signed sum is the change that initializations made to the weight.
 
         These are the weight that an initialization has left (1), and the base's own weight (-1).
         """
@@ -614,13 +632,13 @@ class TokenFold(_Folded):
         """Do nothing: :func:`token_weights` has checked the values."""
 
     def folded(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return a copy of the weight with the rows in it, optionally in another dtype."""
+        """Return a copy of the weight with the trained rows in it, optionally in another dtype."""
         merged = old.to(dtype or old.dtype, copy=True)
         self.fold_into(merged)
         return merged
 
     def fold_into(self, out: torch.Tensor) -> None:
-        """Write the rows into the weight."""
+        """Write the trained rows into the weight."""
         for row, adapter in self.rows:
             _put_tokens(out, row, gathered(tokens_of(self.model, row, adapter)))
 
@@ -631,14 +649,17 @@ class TokenFold(_Folded):
     def slices(
         self, old: torch.Tensor, dtype: torch.dtype, entries: int | None = None
     ) -> Iterator[Slice]:
-        """Yield the whole weight before and after. Yield nothing for a sample, because rows are copied."""
+        """Yield the whole weight, before and after the merge, in fp64.
+
+        Yield nothing if ``entries`` asks for a sample, because copied rows lose nothing.
+        """
         if entries is None:
             before = old.double()
             yield Slice(0, 0, before, self.folded(before))
 
 
 def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dict[str, TokenWeight]:
-    """Return the trained rows by weight.
+    """Return the trained rows of embeddings and heads, each with the name of its adapter, by weight.
 
     Args:
         model: A rewritten model.
@@ -674,7 +695,7 @@ def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dic
 
 
 def tied_tokens(tokens: Mapping[str, TokenWeight]) -> dict[str, str]:
-    """Return heads that share the rows of an embedding, each with the embedding's weight."""
+    """Return the weights of heads that share an embedding's trained rows, with the embedding's weight."""
     weights = {row.name: weight for weight, rows in tokens.items() for row, _ in rows}
     return {
         weight: weights[rows[0][0].tied]
@@ -690,7 +711,7 @@ def _adapted(record: Record, names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _put_tokens(weight: torch.Tensor, row: PlannedTokens, rows: torch.Tensor) -> None:
-    """Write trained rows into a weight at their indices, rounded to its dtype."""
+    """Write an adapter's trained rows into a weight at their indices, rounded to the weight's dtype."""
     indices = torch.tensor(row.indices, device=weight.device)
     weight.index_copy_(0, indices, rows.detach().to(weight))
 
@@ -702,7 +723,9 @@ def merged_biases(
     trained: Mapping[str, nn.Parameter],
     dtype: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return the biases that adapters change, with these changes added, by FQN. The models stay as they are.
+    """Return the merged biases by FQN: each bias that an adapter changes, with the changes added.
+
+    The models stay as they are.
 
     Args:
         model: The rewritten model.
@@ -762,7 +785,10 @@ def merged_biases(
 def _own_bias(
     result: nn.Module, row: PlannedSite, trained: Mapping[str, nn.Parameter]
 ) -> tuple[torch.Tensor | None, int, int]:
-    """Return the bias of the operation, if it is a parameter, and the site's range in it."""
+    """Return the bias of a site's operation, and the site's range in it.
+
+    The bias is None if the operation has none, or if it is not a parameter.
+    """
     site = row.site
     start, stop = site.rows or (0, site.out_features)
     if site.bias is None:
@@ -783,10 +809,10 @@ _REMOVED_BY = {
 
 
 def check_stored(model: nn.Module, name: str) -> None:
-    """Raise if a former parameter is now computed before each call, or at each read.
+    """Raise if a weight is computed before each call or at each read: nothing can be folded into it.
 
     Raises:
-        MergeError: With the way to make it permanent.
+        MergeError: With the way to make the weight permanent.
     """
     owner, _, leaf = name.rpartition(".")
     layer = model.get_submodule(owner)

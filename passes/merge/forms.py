@@ -126,7 +126,7 @@ def rounded_site(
 def rounded_weight(
     change: Fold | TokenFold, old: torch.Tensor, dtype: torch.dtype, rounding: Rounding
 ) -> torch.Tensor:
-    """Return the merged weight of :func:`rounded_site` alone.
+    """Return the merged weight in a dtype, as :func:`rounded_site` does, but without its row in the report.
 
     Args:
         change: The changes to fold in.
@@ -144,7 +144,7 @@ def rounded_weight(
 def _not_to_nearest(
     change: Fold | TokenFold, old: torch.Tensor, dtype: torch.dtype, rounding: Rounding
 ) -> torch.Tensor | None:
-    """Return a merged weight that is not rounded to nearest, or None.
+    """Return the merged weight under compensated or stochastic rounding; None for rounding to nearest.
 
     Trained rows and dtypes of more than 16 bits are always rounded to nearest.
     """
@@ -223,7 +223,7 @@ def deployed_site(
 
 
 def become_layers(result: nn.Module, targets: Iterable[PlannedSite]) -> None:
-    """Turn layers into a library's layers, if their dense weight is now stored in a format of that library.
+    """Turn layers into a library's quantized layers, if their merged weight is stored in its format.
 
     Args:
         result: The merged model.
@@ -248,10 +248,10 @@ def become_layers(result: nn.Module, targets: Iterable[PlannedSite]) -> None:
 def check_deployed(
     targets: Iterable[PlannedSite], into: nn.Module | None, dtype: torch.dtype | None
 ) -> None:
-    """Raise if arguments of a merge would store other weights than those that were trained.
+    """Raise if ``into`` or ``dtype`` would make a merge store other weights than those that were trained.
 
     Raises:
-        MergeError: If weights were trained for a storage, and ``into`` or ``dtype`` exclude it.
+        MergeError: If weights were trained for a storage, and ``into`` or ``dtype`` exclude that storage.
     """
     for target in filter(None, (row.deploy for row in targets)):
         if into is not None:
@@ -269,6 +269,6 @@ def check_deployed(
 
 
 def _relative(difference: torch.Tensor, to: torch.Tensor) -> float:
-    """Return the Frobenius norm of a difference, relative to that of another tensor."""
+    """Return the Frobenius norm of a difference, divided by the norm of the tensor ``to``."""
     tiny = torch.finfo(torch.float64).tiny
     return float(difference.norm() / to.norm().clamp_min(tiny))

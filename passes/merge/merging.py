@@ -157,7 +157,9 @@ _AS_BEFORE: Final = Storage()
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """The weights of one merge: their values before it, and how each is stored. Nothing is written yet.
+    """The weights of one merge: their values before the merge, and the way in which each is stored.
+
+    Nothing is written yet.
 
     Attributes:
         model: The rewritten model.
@@ -166,7 +168,8 @@ class _Weights:
         full: The parameters that are trained in full, by FQN.
         targets: The sites that were trained for a storage, each with its adapter, by weight.
         over: The weights of the result to overwrite.
-        lasting: Tensors that stay as they are, by FQN. A weight that is merged from one can be merged again.
+        lasting: Tensors that stay as they are, by FQN. A weight that is merged from such a tensor can be
+            merged again.
         layouts: The layouts that quantized weights had before they were quantized, by FQN.
         stored: The quantized weights of the result, by FQN.
         requantize: True to store quantized weights in their formats again.
@@ -190,7 +193,7 @@ class _Weights:
 
     @property
     def common(self) -> torch.dtype | None:
-        """The dtype of all merged weights and biases; None if each has its own."""
+        """The common dtype of all merged weights and biases; None if each has its own."""
         return self.storage.cast_to or self.dense
 
     def dtype(self, weight: str) -> torch.dtype | None:
@@ -205,7 +208,7 @@ class _Weights:
         return _unadapted(values, weight, self.full)
 
     def as_trained(self, weight: str) -> tuple[torch.Tensor, MergedSite] | None:
-        """Return a merged weight in the storage that it was trained for, and its row in the report.
+        """Return a merged weight in the storage format that it was trained for, and its row in the report.
 
         Return None if the weight was not trained for a storage.
         """
@@ -291,7 +294,7 @@ def warn_of_loss(report: MergeReport) -> None:
 
 
 def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: bool) -> None:
-    """Raise for weights that cannot be folded into.
+    """Raise if one of the weights to merge cannot be folded into.
 
     Such a weight is computed before each call, or is on the meta device until a hook loads it. Raise also if
     FSDP2 has sharded the bytes of a packed weight. With ``requantize``, raise for any sharded quantized
@@ -421,7 +424,7 @@ def _checked(
     into: nn.Module | None,
     storage: Storage,
 ) -> tuple[Record, tuple[str, ...]]:
-    """Return the record of a model and the adapters to merge. Raise if the arguments do not fit."""
+    """Check the arguments of a merge. Return the model's record, and the names of the adapters to merge."""
     record = require_record(model, MergeError)
     check_intact(model, record)
     _check_processes(model)
@@ -435,13 +438,13 @@ def _checked(
 def _take_back(
     result: nn.Module, base: nn.Module, written: Collection[str], whole: Collection[str]
 ) -> tuple[dict[str, str], list[tuple[str, nn.Parameter]]]:
-    """Undo an earlier merge into a model.
+    """Undo an earlier merge into a model, so that the next merge begins with the weights before it.
 
     Args:
         result: The model.
         base: The base of the adapters, which may be ``result``.
         written: FQNs of the weights that the merge will write.
-        whole: FQNs of the weights that it will replace as a whole.
+        whole: FQNs of the weights that the merge will replace as a whole.
 
     Returns:
         Fingerprints of the weights before the first merge, by name, and the named parameters that the model
@@ -455,7 +458,7 @@ def _take_back(
 
 
 def _make_alike(weights: _Weights) -> None:
-    """Make the remaining weights of the result dense, and of the same dtype, if the user wants that."""
+    """Make weights without changes dense and of the same dtype as the merged ones, if the user wants that."""
     result, keep = weights.result, weights.storage.keep
     untie_config(result)
     if weights.stored:
@@ -469,7 +472,7 @@ def _make_alike(weights: _Weights) -> None:
 
 
 def _restore(into: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Give a model the values that its weights had before the first merge into it."""
+    """Write into a model the values that its weights had before the first merge into it."""
     if not values:
         return
     over, buffers = unshared(into), dict(into.named_buffers(remove_duplicate=False))
@@ -520,7 +523,9 @@ def _folds(
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """Changes of a model by its adapters, by FQN, for a caller that stores the results elsewhere.
+    """The result of :func:`changes_of`: the changes of all tensors, for a caller that stores them elsewhere.
+
+    The keys of each mapping are FQNs.
 
     Attributes:
         folds: The changes of weights.
@@ -565,7 +570,9 @@ def rows_of_report(
     tied: Mapping[str, str],
     rows: Mapping[str, MergedSite],
 ) -> tuple[MergedSite, ...]:
-    """Return the rows of a report. Weights that are still tied have the same numbers.
+    """Return the rows of a merge report, with a row for each name of a tied weight.
+
+    Weights that are still tied have the same numbers.
 
     Args:
         folds: The changes of each weight.
@@ -581,7 +588,7 @@ def rows_of_report(
 
 
 def _targets(folds: Mapping[str, Fold | TokenFold]) -> dict[str, tuple[PlannedSite, str]]:
-    """Return the sites that were trained for a storage, each with its adapter, by weight."""
+    """Return by weight the site that was trained for a storage format, with the name of its adapter."""
     pairs = {name: fold.rows[0] for name, fold in folds.items() if isinstance(fold, Fold)}
     return {name: pair for name, pair in pairs.items() if pair[0].deploy}
 
@@ -596,13 +603,19 @@ def _still_tied(
     folds: Mapping[str, Fold | TokenFold],
     full: Mapping[str, nn.Parameter],
 ) -> dict[str, str]:
-    """Return the weights that the merge leaves tied, each with the weight that it is tied to."""
+    """Return the weights that the merge leaves tied, each with the weight that it is tied to.
+
+    If only one of two tied weights is trained in full, the pair is left out.
+    """
     # If only one of two tied weights is trained in full, they are different weights.
     return {weight: to for weight, to in kept.items() if full.get(weight) is full.get(to)}
 
 
 def chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
-    """Return the adapters that ``adapter_names`` selects."""
+    """Return the names of the adapters to merge; by default those of the active adapters.
+
+    Raise if a name is unknown or occurs twice, or if the adapters exclude each other.
+    """
     if isinstance(adapter_names, str):
         adapter_names = (adapter_names,)
     names = tuple(record.active if adapter_names is None else adapter_names)
@@ -632,7 +645,10 @@ def chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[s
 def _sites_by_weight(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> tuple[dict[str, tuple[tuple[PlannedSite, str], ...]], dict[str, str]]:
-    """Return the changes of each weight, and the weights that use the factors of another one."""
+    """Return the sites of each weight, and the weights of heads that use the factors of an embedding.
+
+    Each site comes with the name of its adapter, and each head with the weight of the embedding.
+    """
     rows: dict[str, tuple[tuple[PlannedSite, str], ...]] = {}
     tied: dict[str, str] = {}
     for name in names:
@@ -647,16 +663,16 @@ def _sites_by_weight(
 
 
 def _written_over(into: nn.Module, trained: Mapping[str, nn.Parameter]) -> frozenset[str]:
-    """Return the names of the parameters of a model to overwrite.
+    """Return the names of the parameters of ``into`` that the merge may overwrite in place.
 
-    If several names belong to one parameter that was trained in full, it is replaced instead.
+    A parameter that was trained in full under several names is replaced by a new one instead.
     """
     ends = Counter(map(id, trained.values()))
     return unshared(into) - {name for name, value in trained.items() if ends[id(value)] > 1}
 
 
 def _check_not_units(into: nn.Module) -> None:
-    """Refuse to write into a model that FSDP2 shards: its parameters are the library's.
+    """Refuse to write into a model that FSDP2 shards, because its parameters belong to FSDP2.
 
     Raises:
         MergeError: If FSDP2 shards the model.
@@ -698,7 +714,7 @@ def _check_storage(into: nn.Module | None, storage: Storage) -> None:
 
 
 def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
-    """Return the weight to fold into: the base's, or the one that another adapter has trained in full."""
+    """Return the weight to add changes to: the base's, or the value that an adapter trained in full."""
     if name not in trained:
         return base
     return gathered(trained[name], name).to(base.device, base.dtype)
@@ -707,9 +723,9 @@ def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter
 def _stay_tied(
     head: Sequence[tuple[PlannedSite, str]], table: Sequence[tuple[PlannedSite, str]]
 ) -> bool:
-    """Return True if a head and an embedding have the same merged weight, because they share all factors.
+    """Return True if a head and an embedding are still tied after a merge, because they share all factors.
 
-    They do not if the kind transforms the weight: a magnitude scales the columns of one and the rows of the
+    They are not if a kind transforms the weight: a magnitude scales the columns of one and the rows of the
     other.
     """
     if any(kind_of(row).transforms for row, _ in (*head, *table)) or not all(

@@ -65,7 +65,7 @@ def _fingerprint(value: torch.Tensor) -> str:
 
 
 def _is_plain(value: torch.Tensor) -> bool:
-    """Return True for a tensor of this process with values: neither sharded, quantized nor lazy."""
+    """Return True if a tensor's bits can be hashed: it has values, and is not sharded, quantized or lazy."""
     known = type(value) in (torch.Tensor, nn.Parameter) and value.layout is torch.strided
     return known and not value.is_meta and value.numel() > 0
 

@@ -70,7 +70,7 @@ def unshared(model: nn.Module) -> frozenset[str]:
 
 
 def _places(model: nn.Module) -> Counter[int]:
-    """Count the modules' references to each parameter, by its identity."""
+    """Count how often modules refer to each parameter, by the parameter's ``id``."""
     return Counter(
         id(parameter)
         for module in model.modules()
@@ -85,7 +85,7 @@ def place_merged(
     tied: Mapping[str, str],
     over: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Store the merged weights, and return the names of weights that are not tied any more.
+    """Store the merged weights, and return the names of weights that this has untied.
 
     Args:
         result: The model to store them in.
@@ -120,7 +120,7 @@ def place_biases(
 
 
 def set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Collection[str]) -> None:
-    """Overwrite a parameter, or replace it by a new one if others share it."""
+    """Give a parameter a new value: in place if its name is in ``over``, or else as a new parameter."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     old = module._parameters[key]
@@ -141,7 +141,7 @@ def set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Collec
 def trained(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield parameters trained besides the factors, under each of their names: by adapters, and by hand."""
+    """Yield the parameters that adapters or the user trained in full, under each of their names."""
     for name in names:
         adapter = record.adapters[name]
         weights = {row.site.weight for row in adapter.sites}
@@ -158,7 +158,9 @@ def place_trained(
     buffers: Mapping[str, torch.Tensor],
     over: Collection[str] = (),
 ) -> None:
-    """Copy tensors that were trained besides the factors, because training of the model may continue.
+    """Write tensors that were trained in full, or changed by training, into a merged model.
+
+    They are copied, because training of the adapted model may continue.
 
     Args:
         result: The model to store them in.
@@ -189,7 +191,7 @@ def place_trained(
 def trained_buffers(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> dict[str, torch.Tensor]:
-    """Return the buffers that a training has changed, by FQN: those of adapters, and those of the model."""
+    """Return the buffers that training has changed, by FQN, both with an adapter and without one."""
     own = {fqn for adapter in record.adapters.values() for fqn in adapter.own}
     buffers = {name: buffer for name, buffer in changed_buffers(model, record) if name not in own}
     for adapter in names:
@@ -287,7 +289,7 @@ def untie_config(model: nn.Module) -> None:
 
 
 def _renew_layer(layer: nn.Module) -> None:
-    """Make a library's layer use the scales of its new weight."""
+    """Make a library's quantized layer use the scales of its new weight."""
     known = format_of(layer._parameters.get("weight"))
     if known is not None:
         known.layers.renew(layer)

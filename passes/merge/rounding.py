@@ -36,7 +36,7 @@ _HALVES = 2.0**27 + 1
 
 
 class Term(NamedTuple):
-    """A summand for a part of a tensor.
+    """Values to add to a part of a tensor, in an exact sum.
 
     Attributes:
         values: The values to add, of the size of that part.
@@ -48,7 +48,7 @@ class Term(NamedTuple):
     start: int = 0
 
     def within(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return the part of a tensor to which this is added."""
+        """Return the part of a tensor to which the values are added."""
         return whole.narrow(self.axis, self.start, self.values.shape[self.axis])
 
 
@@ -94,7 +94,9 @@ def slices_of(values: torch.Tensor, terms: int) -> list[torch.Tensor] | None:
 
 
 def sum_exactly(total: torch.Tensor, terms: Callable[[], Iterator[Term]]) -> None:
-    """Add terms to a tensor of fp64, each element rounded once: within half a unit in the last place.
+    """Add terms to an fp64 tensor, so that each element is the exact sum rounded once.
+
+    The error is at most half a unit in the last place.
 
     Args:
         total: The tensor, which is changed in place.
@@ -124,7 +126,7 @@ def sum_exactly(total: torch.Tensor, terms: Callable[[], Iterator[Term]]) -> Non
 def _summed(
     total: torch.Tensor, terms: Callable[[], Iterator[Term]], indices: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """Return exact sums for the elements at some indices, one by one."""
+    """Return the exact sums for the elements at some indices, computed one by one in Python."""
     columns = [total[indices].tolist()]
     for term in terms():
         whole = torch.zeros_like(total)
@@ -134,7 +136,7 @@ def _summed(
 
 
 def _add(total: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Add in place, and return the rounding error of each sum (Knuth's two-sum)."""
+    """Add ``values`` to a tensor in place, and return the rounding error of each sum (Knuth's two-sum)."""
     before = total.clone()
     total += values
     seen = total - before
@@ -157,7 +159,9 @@ def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def round_into(
     result: torch.Tensor, values: torch.Tensor, scratch: torch.Tensor | None = None
 ) -> None:
-    """Round once. PyTorch casts fp64 to a half type by way of fp32, which would round twice.
+    """Write fp64 values into a tensor of any floating-point dtype, rounded once.
+
+    PyTorch casts fp64 to a half type by way of fp32, which would round twice.
 
     A value lies between the two neighbors of its fp32 rounding. If both neighbors round to the same number,
     so does the value. The few others are close to half-way between two numbers, and are rounded to odd in
@@ -204,9 +208,9 @@ def rounding_memory(dtype: torch.dtype, values: torch.Tensor) -> int:
 
 
 def _by_odd(values: torch.Tensor) -> torch.Tensor:
-    """Round fp64 to fp32, to odd: a second rounding to a half type then gives the correct result.
+    """Round fp64 to fp32 so that a second rounding, to a half type, gives the correct result.
 
-    Boldo and Melquiond, "When double rounding is odd", 2005.
+    This is rounding to odd: Boldo and Melquiond, "When double rounding is odd", 2005.
     """
     near = values.float()
     gap = values - near.double()
@@ -253,7 +257,7 @@ class MergedSite:
     deployed: str = ""
 
     def __eq__(self, other: object) -> bool:
-        """Return True for the same numbers. From Python 3.13 on, NaN would differ from itself."""
+        """Return True if all numbers are the same. NaN is equal to NaN, in all versions of Python."""
         if not isinstance(other, MergedSite):
             return NotImplemented
         return dataclasses.astuple(self) == dataclasses.astuple(other)
@@ -311,7 +315,10 @@ class MergeReport:
 
     @property
     def max_ulp(self) -> float:
-        """The largest error of the weights that were rounded to a dtype; NaN if it was not measured."""
+        """The largest error of a weight that was not quantized again, in units in the last place.
+
+        NaN if an error was not measured.
+        """
         errors = [site.max_ulp for site in self.sites if not site.requantized]
         return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
@@ -321,7 +328,7 @@ class MergeReport:
 
     @property
     def requantization_error(self) -> float:
-        """The largest error of the weights that were quantized again; NaN without any."""
+        """The largest relative error of a weight that was quantized again; NaN if no weight was."""
         errors = [site.requantization_error for site in self.sites if site.requantized]
         return max(errors, default=math.nan)
 

@@ -17,7 +17,7 @@ __all__ = ["Slice", "Survival", "measure_survival"]
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Some output features of a weight, before a merge and as the exact sum.
+    """Some output features of a weight: their values before a merge, and the exact sums.
 
     Attributes:
         axis, start: Axis of the output features, and index of the first one, in ``Site.applied(weight)``.
@@ -60,7 +60,7 @@ def measure_survival(
     *,
     ulps: bool = False,
 ) -> Survival:
-    """Compare a merged weight with the exact sum.
+    """Measure how much of a change is left in a merged weight, compared with the exact sum.
 
     Args:
         slices: The slices of the weight to measure.
@@ -106,7 +106,10 @@ def _energy(
     rows: tuple[PlannedSite, ...],
     moments: Mapping[str, torch.Tensor],
 ) -> float:
-    """Return ``tr(D H Dᵀ)`` for a part of a change D, over the sites whose moments are known."""
+    """Return ``tr(D H Dᵀ)`` for a part of a change D: the mean square of its effect on the outputs.
+
+    Sites without known moments H are left out.
+    """
     matrix = matrix_of(rows[0].site, change)
     if matrix is None:
         return 0.0

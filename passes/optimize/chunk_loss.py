@@ -34,7 +34,7 @@ __all__ = ["ChunkLoss"]
 
 @dataclasses.dataclass(frozen=True)
 class ChunkLoss(Pass):
-    """Pass that replaces each head by a call, if its loss may be computed in chunks."""
+    """Pass that replaces the operation of each head by one call, if the head's loss may run in chunks."""
 
     name: ClassVar[str] = "chunk-loss"
     needs: ClassVar[str] = "matches"
@@ -77,7 +77,10 @@ class _Body(NamedTuple):
 
 
 def _edit(region: Region, site: Site, call: Call) -> bool:
-    """Replace a head by a call. Return False if that was done before."""
+    """Move a head and its branches into a separate graph, and call that graph instead.
+
+    Return False if an earlier run of the pass has done this.
+    """
     graph = region.graph
     name = relative(site.weight, region.fqn)
     body = _body_of(graph, site, call, name)
@@ -143,7 +146,7 @@ def _is_of(node: fx.Node, name: str) -> bool:
 
 
 def _after(start: fx.Node) -> set[fx.Node]:
-    """Return all nodes that depend on a node."""
+    """Return all nodes whose value depends on the value of a node."""
     readers: set[fx.Node] = set()
     waiting = list(start.users)
     while waiting:
@@ -155,7 +158,7 @@ def _after(start: fx.Node) -> set[fx.Node]:
 
 
 def _between(nodes: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """Return all nodes of the graph from the first to the last of `nodes`."""
+    """Return all nodes of the graph from the first of ``nodes`` to the last, in order."""
     result = [nodes[0]]
     while result[-1] is not nodes[-1]:
         result.append(result[-1].next)

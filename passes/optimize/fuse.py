@@ -59,7 +59,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """Linear operation that a fused function can compute.
+    """Linear operation that a fused function can compute together with a branch.
 
     Attributes:
         x: The node that it reads.
@@ -80,12 +80,12 @@ class Base:
 
 
 def _base_of(node: fx.Node, region: Region) -> Base | None:
-    """Return the operation of a node, or None if no fused function can compute it."""
+    """Return the linear operation of a node, or None if no fused function can compute the operation."""
     return _quantized(node, region) or _multiplied(node, region)
 
 
 def _quantized(node: fx.Node, region: Region) -> Base | None:
-    """Return the product with a quantized weight that a node computes, or None."""
+    """Return the linear operation of a node if its weight is quantized; None for any other node."""
     if target_of(node) is not quantized_linear:
         return None
     named: dict[str, Any] = arguments(node, ARGUMENTS)
@@ -100,7 +100,7 @@ def _quantized(node: fx.Node, region: Region) -> Base | None:
 
 
 def _multiplied(node: fx.Node, region: Region) -> Base | None:
-    """Return the product with a plain weight that a node computes, or None."""
+    """Return the linear operation of a node if its weight is a dense matrix; None for any other node."""
     product = product_of(node, region)
     if not isinstance(product, Product) or not _fits(product, region):
         return None
@@ -110,7 +110,7 @@ def _multiplied(node: fx.Node, region: Region) -> Base | None:
 
 
 def _fits(product: Product, region: Region) -> bool:
-    """Return True if the fused functions can compute a product."""
+    """Return True if the fused functions can compute a product: its weight is dense, its bias a vector."""
     view, weight = product.view, region.parameter(product.view.source)
     if product.left or view.indexed or len(view.shape) != 2 or weight is None:
         return False
@@ -183,7 +183,7 @@ def _is_deployed(node: fx.Node) -> bool:
 
 
 def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: Memory) -> bool:
-    """Replace an operation and its branch by one node. Return False if that is not possible."""
+    """Replace an operation and its branch by one fused node. Return False if no function computes both."""
     tag: Tag = total.meta[META_KEY]
     base: Any = total.args[0]
     branch, product = tag.fused, _base_of(base, region)
@@ -227,7 +227,7 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: 
 
 
 def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
-    """Yield the nodes from `last` back to `first`, which is left out. The caller may erase them."""
+    """Yield the nodes of the graph from `last` back to the node after `first`. The caller may erase them."""
     while last is not first:
         before = last.prev
         yield last
@@ -235,19 +235,22 @@ def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
 
 
 def _offer(node: fx.Node) -> FusedBranch | None:
-    """Return the function that can replace a node that adds a branch, and its operation; None for none."""
+    """Return the fused form that ``insert`` stored on a node that adds a branch; None for any other node."""
     tag = tag_of(node)
     return None if tag is None else tag.fused
 
 
 def _is_of(node: fx.Node, branch: Tag) -> bool:
-    """Return True if a node belongs to a branch."""
+    """Return True if a node belongs to the branch of a tag: same weight, same adapter."""
     tag = tag_of(node)
     return tag is not None and (tag.weight, tag.adapter) == (branch.weight, branch.adapter)
 
 
 def _only_inside(base: fx.Node, branch: Tag) -> bool:
-    """Return True if only the branch reads the output of the base operation, except for its dtype."""
+    """Return True if only a branch reads the output of its base operation. Reads of the dtype do not count.
+
+    The output then need not exist, so both can be fused.
+    """
     return all(_is_of(user, branch) or role_of(user) is Role.CAST for user in base.users)
 
 
@@ -282,7 +285,7 @@ class ShareInputs(GraphPass):
     name: ClassVar[str] = "share-inputs"
 
     def edited(self, region: Region) -> fx.Graph | None:
-        """Join every group of siblings."""
+        """Join every group of fused operations that read the same input."""
         if not _groups(region.graph):
             return None
         graph = copy_graph(region.graph)
@@ -336,7 +339,10 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
 
 
 def _move(node: fx.Node, before: fx.Node) -> None:
-    """Move a parameter, and the nodes computed from it, before another node."""
+    """Move a node that reads a parameter or is computed from parameters before another node.
+
+    Its inputs move first.
+    """
     if node < before:
         return
     for source in node.all_input_nodes:
@@ -370,7 +376,7 @@ class FuseRows(GraphPass):
 
 
 class _Joint(NamedTuple):
-    """Operation with several branches that one function can compute together.
+    """Operation with branches of several adapters, and the function that can compute them together.
 
     Attributes:
         node: The node of the operation.
@@ -386,7 +392,7 @@ class _Joint(NamedTuple):
 
 
 def _joints(region: Region) -> list[_Joint]:
-    """Return the operations whose branches one function can compute, in the order of the graph."""
+    """Return the operations whose branches of several adapters can be fused, in the order of the graph."""
     joints = []
     for node in region.graph.nodes:
         if role_of(node) is not Role.BASE:
@@ -406,7 +412,7 @@ def _joints(region: Region) -> list[_Joint]:
 
 
 def _only_adapters(base: fx.Node) -> bool:
-    """Return True if only adapters read the output of the base operation."""
+    """Return True if only adapters' branches read the output of a base operation, so that it can be fused."""
     return all((tag := tag_of(user)) is not None and tag.adapter for user in base.users)
 
 
@@ -454,14 +460,14 @@ def _dropout(branch: FusedBranch, nodes: Mapping[str, fx.Node]) -> tuple[fx.Node
 
 
 def _part(branch: FusedBranch, base: Base) -> tuple[int, int] | None:
-    """Return the range of outputs that a branch is added to, or None for all."""
+    """Return the range (first, last + 1) of output features that a branch adds to; None for all of them."""
     if branch.padding is None:
         return None
     return branch.padding[0], base.outputs - branch.padding[1]
 
 
 def _holder(factor: fx.Node) -> str:
-    """Return the FQN of the module that holds the factors of a site, and the table of rows."""
+    """Return the FQN of the module that has a factor. It also has the table of the adapters' rows."""
     while factor.op != "get_attr":
         factor = factor.all_input_nodes[
             0

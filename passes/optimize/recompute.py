@@ -86,7 +86,10 @@ _NEAR, _ROUNDED = 1e-14, 1e-13
 
 
 def _name_of(node: fx.Node) -> str | None:
-    """Return the name of an operation that a chain may contain; None for others and for nodes of a branch."""
+    """Return the name of an operation if a chain may contain it, or None.
+
+    The nodes of a branch are never part of a chain.
+    """
     if tag_of(node) is not None:
         return None
     target = target_of(node)
@@ -103,7 +106,7 @@ def _name_of(node: fx.Node) -> str | None:
 
 
 def _is_cheap(node: fx.Node, name: str) -> bool:
-    """Return True if an operation is cheap and has no side effects."""
+    """Return True if a call of an operation is cheap and has no side effects, so that it may run twice."""
     if node.kwargs.get("inplace") or "out" in node.kwargs:
         return False
     if name == "getattr":
@@ -140,7 +143,7 @@ class _ChainNodes:
 
 @dataclasses.dataclass(frozen=True)
 class _Module:
-    """Module without parameters that is a chain of one input.
+    """A module without parameters whose forward is one chain with one input, such as an activation.
 
     Attributes:
         called: Record of the module in a chain that calls it.
@@ -163,7 +166,7 @@ class _Finder:
         self._quiet: dict[int, bool] = {}
 
     def graph_of(self, module: nn.Module) -> fx.Graph | None:
-        """Trace a small module that has no graph in the capture, or return None if it cannot be traced."""
+        """Trace a small module without a graph, such as a norm. Return None if it cannot be traced."""
         cls = original_class(module)
         if module._modules or isinstance(module, AdapterModule | torch.jit.ScriptModule):
             return None
@@ -218,7 +221,7 @@ class _Finder:
                 yield chain
 
     def grow(self, region: Region, root: fx.Node) -> _ChainNodes | None:
-        """Return the largest chain that ends in `root`, or None."""
+        """Return the largest chain whose result is the node `root`, or None if no chain ends there."""
         if not self._belongs(region, root) or _name_of(root) in {*_KEEPS_RESULT, "getattr"}:
             return None
         outside: set[fx.Node] = set()
@@ -279,7 +282,10 @@ class _Finder:
     def _keeps(
         self, region: Region, leaf: fx.Node, chain: set[fx.Node], leaves: Mapping[fx.Node, str]
     ) -> bool:
-        """Return True if autograd over a chain keeps this input, or a cast of it."""
+        """Return True if an operation of a chain makes autograd keep an input of the chain, or a cast of it.
+
+        The call that replaces a chain may keep only such inputs.
+        """
         for user in (reader for reader in leaf.users if reader in chain):
             name = _name_of(user)
             if user.op == "call_module":
@@ -297,7 +303,10 @@ class _Finder:
         return False
 
     def _undisturbed(self, region: Region, nodes: tuple[fx.Node, ...]) -> bool:
-        """Return True if nothing writes between the first and the last operation of a chain."""
+        """Return True if no operation between the first and the last of a chain writes in place.
+
+        The chain may then run as one call.
+        """
         node = nodes[0]
         while node is not nodes[-1]:
             if node not in nodes and not self._is_quiet(region, node):
@@ -322,7 +331,10 @@ class _Finder:
 
 
 def _is_computed(node: fx.Node, leaves: Mapping[fx.Node, str]) -> bool:
-    """Return True if a value is computed from activations, and not from parameters alone."""
+    """Return True if a value depends on activations, and not on parameters alone.
+
+    ``leaves`` has the kind of each input of the chain.
+    """
     kind = leaves.get(node)
     if kind is not None:
         return kind == recompute.ACTIVATION
@@ -330,7 +342,7 @@ def _is_computed(node: fx.Node, leaves: Mapping[fx.Node, str]) -> bool:
 
 
 def _result(graph: fx.Graph) -> fx.Node | None:
-    """Return the output of a graph, if it is one value."""
+    """Return the node that a graph returns, or None if the graph does not return exactly one node."""
     value = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     return value if isinstance(value, fx.Node) else None
 
@@ -370,7 +382,7 @@ class Recompute(Pass):
 
 
 def _has_product(graph: fx.Graph) -> bool:
-    """Return True if a graph has a fused product, which may read the result of a chain."""
+    """Return True if a graph has a fused product, which can recompute its input from a chain."""
     return any(role_of(node) is Role.FUSED for node in graph.nodes)
 
 
@@ -392,7 +404,7 @@ def _edited(finder: _Finder, region: Region) -> tuple[fx.Graph | None, tuple[str
 
 
 def _called_by(graph: fx.Graph) -> Iterator[str]:
-    """Yield the names of the modules that the chains of a graph call."""
+    """Yield the names of the modules that run inside the chains of a graph."""
     for node in graph.nodes:
         if isinstance(node.target, recompute.Chain):
             for kind, argument in zip(node.target.kinds, node.args, strict=True):
@@ -438,9 +450,10 @@ def _replace(graph: fx.Graph, chain: _ChainNodes, finder: _Finder, region: Regio
 def _backward_graph(
     own: fx.Graph, chain: _ChainNodes, finder: _Finder, region: Region
 ) -> fx.Graph | None:
-    """Return the graph of a chain for the backward, or None if it is the same as in the forward.
+    """Return the graph that computes a chain again in the backward; None to use the graph of the forward.
 
-    Calls of modules are inlined, and replaced by a PyTorch kernel that computes the same, if there is one.
+    Calls of modules are inlined. If one PyTorch kernel computes the same as a module or a chain, the graph
+    calls this kernel.
     """
     placeholders = [node for node in own.nodes if node.op == "placeholder"]
     calls = [node for node in own.nodes if node.target is recompute.called]
@@ -476,7 +489,10 @@ def _computed(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _kernel_of(graph: fx.Graph) -> tuple[Any, Mapping[str, str]] | None:
-    """Return the PyTorch kernel, with its options, that equals a graph of one input, element by element."""
+    """Return a PyTorch function, with keyword arguments, that computes the same as a graph, or None.
+
+    The graph has one input, and each element of its result depends on one element of the input.
+    """
     computed = _computed(graph)
     if len(computed) < 2 or any(_name_of(node) in _REDUCING for node in computed):
         return None
@@ -490,7 +506,7 @@ def _kernel_of(graph: fx.Graph) -> tuple[Any, Mapping[str, str]] | None:
 
 
 def _word(node: fx.Node) -> str:
-    """Return the part of a chain's name that stands for a node; casts and constants have none."""
+    """Return a node's part of the name of a chain, such as "silu"; casts and constants have no part."""
     if node.op == "call_module":
         return str(node.target).rpartition(".")[2]
     name = _name_of(node) or ""

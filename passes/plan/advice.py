@@ -44,7 +44,7 @@ _CONVOLUTIONS = 0.1
 def with_advice(
     plan: Plan, capture: Capture, example_inputs: Any = None, *, tokens: int | None = None
 ) -> Plan:
-    """Return a plan with advice on it.
+    """Return a plan with advice: forgotten modules, the capacity of the adapter, and a learning rate.
 
     Args:
         plan: The plan.
@@ -93,11 +93,11 @@ def _coverage(plan: Plan, model: nn.Module, example_inputs: Any) -> Coverage | N
 def _flops(
     sites: list[Site], routers: list[Site], model: nn.Module, example_inputs: Any
 ) -> Mapping[str, float]:
-    """Return the FLOPs of each product by name.
+    """Return the FLOPs of each operation by name, as weights for the share that an adapter covers.
 
     Returns:
-        FLOPs for one token. If convolutions have more than a small share, FLOPs for a sample; empty if the
-        numbers of positions are unknown.
+        FLOPs for one token. If convolutions have more than a small share, FLOPs for one sample, or an empty
+        mapping if the numbers of their positions are unknown.
     """
     used = _times_used(sites, routers, model)
     flops = {site.name: used.get(site.name, 1.0) * _flops_at_a_position(site) for site in sites}
@@ -119,7 +119,10 @@ def _flops(
 
 
 def _flops_at_a_position(site: Site) -> float:
-    """Return the FLOPs for a token or, in a convolution, for a position. Several experts count as one."""
+    """Return the FLOPs of an operation for one token or, in a convolution, for one position.
+
+    All experts of a stack count as one expert.
+    """
     count, out, inner = matrix_shape(site)
     matrices = 1 if site.experts else count
     times = max(Counter(call.region for call in site.calls).values())
@@ -129,7 +132,9 @@ def _flops_at_a_position(site: Site) -> float:
 def _times_used(
     sites: Iterable[Site], routers: Iterable[Site], model: nn.Module
 ) -> dict[str, float]:
-    """Return how often a token uses an operation of a mixture of experts, on average, by name.
+    """Return by name how often a token uses each expert's operation on average: chosen experts / all experts.
+
+    For a stack of experts, return the number of experts that a token uses.
 
     If the graph has no router for some experts, every token counts as using all of them.
     """
@@ -156,7 +161,7 @@ def _times_used(
 
 
 def _outer(name: str, outermost: str = "") -> Iterator[str]:
-    """Yield the FQNs of a module and of those around it, up to but without the outermost."""
+    """Yield a module's FQN and those of the modules around it, from the inside out, without the outermost."""
     while name and name != outermost:
         yield name
         name = name.rpartition(".")[0]
@@ -166,7 +171,7 @@ def _outer(name: str, outermost: str = "") -> Iterator[str]:
 
 
 def _experts_left(plan: Plan) -> Iterator[str]:
-    """Yield a line about stacked experts that no entry of the configuration selects, and none excludes.
+    """Yield a line of advice if the configuration neither selects nor excludes a model's stacked experts.
 
     PEFT does not reach such parameters with the names of layers, only with ``target_parameters``.
     """
@@ -195,7 +200,10 @@ def _selects(config: LoraConfig, site: Site) -> bool:
 
 
 def _added_rows(plan: Plan, model: nn.Module) -> Iterator[str]:
-    """Yield a line about rows for new tokens that the checkpoint does not have, and that nothing trains."""
+    """Yield a line of advice for each range of new rows in an embedding or head that nothing trains.
+
+    New rows belong to added tokens, and are not in the checkpoint.
+    """
     grown = dict(_grown_vocabularies(model))
     trained = {row.name: set(row.indices) for row in plan.tokens}
     idle: dict[tuple[int, int], list[str]] = {}
@@ -217,7 +225,7 @@ def _added_rows(plan: Plan, model: nn.Module) -> Iterator[str]:
 
 
 def _grown_vocabularies(model: nn.Module) -> Iterator[tuple[int, int]]:
-    """Yield sizes of vocabularies that were enlarged after loading, each with the size in the checkpoint."""
+    """Yield (size now, size in the checkpoint) for each vocabulary that was enlarged after loading."""
     config = getattr(model, "config", None)
     if not callable(getattr(config, "to_dict", None)):
         return
@@ -229,7 +237,7 @@ def _grown_vocabularies(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 
 def _vocabularies(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield the sizes of vocabularies in a configuration, each with its path."""
+    """Yield each ``vocab_size`` in a nested configuration, with the keys that lead to it."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _vocabularies(value, (*path, key))
@@ -238,7 +246,10 @@ def _vocabularies(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tup
 
 
 def _stored_config(origin: object) -> Mapping[str, Any]:
-    """Return the configuration in the folder, or in the local cache, that a model was loaded from."""
+    """Return the ``config.json`` of the folder or the cached checkpoint that a model was loaded from.
+
+    Return an empty dict if there is no such file. Nothing is downloaded.
+    """
     if not isinstance(origin, str) or not origin:
         return {}
     path: Any = Path(origin) / "config.json"
@@ -284,7 +295,10 @@ def _learning_rate(plan: Plan, *, always: bool) -> LearningRate | None:
 
 
 def _width_of_language_model(plan: Plan) -> int | None:
-    """Return the inputs of a head that has an output for each row of an embedding."""
+    """Return the width of a language model: the input features of its head, or None without such a head.
+
+    A head of a language model has an output for each row of an embedding.
+    """
     sites = [*(row.site for row in plan.sites), *(skipped.site for skipped in plan.skipped)]
     vocabularies = {site.in_features for site in sites if site.family == "embedding"}
     for site in sites:
@@ -294,7 +308,7 @@ def _width_of_language_model(plan: Plan) -> int | None:
 
 
 def _common_alpha(rows: Iterable[PlannedSite]) -> float:
-    """Return the ``scale * r`` of most sites. If a budget made them differ, return the median."""
+    """Return the alpha that most sites have. If a budget made the alphas differ, return their median."""
     alphas = [round(row.scale * row.rank, 6) for row in rows]
     alpha, count = Counter(alphas).most_common(1)[0]
     return alpha if 2 * count > len(alphas) else statistics.median(alphas)

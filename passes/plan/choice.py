@@ -58,7 +58,7 @@ _ROWS = re.compile(r"(?P<name>.+)\.(?P<start>\d+)_(?P<stop>\d+)")
 
 
 def _choose_parts(site: Site, config: LoraConfig, whole: Verdict) -> list[tuple[Site, Verdict]]:
-    """Return the parts of a site that replace it in the plan; empty if the site stays whole.
+    """Return the parts of a fused weight that replace its site in the plan; empty if the site stays whole.
 
     Args:
         site: Any site.
@@ -66,7 +66,7 @@ def _choose_parts(site: Site, config: LoraConfig, whole: Verdict) -> list[tuple[
         whole: The verdict of the configuration about the site.
 
     Raises:
-        ConfigError: If rows are named that the weight does not have, or that overlap.
+        ConfigError: If the configuration names rows that the weight does not have, or rows that overlap.
     """
     if not site.divisible:
         return []
@@ -116,7 +116,7 @@ def _check(site: Site, parts: list[Site]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A site and the verdict of the configuration about it.
+    """A site and the verdict of the configuration about the site.
 
     Attributes:
         site: The site.
@@ -132,20 +132,20 @@ class Choice:
     parameter: bool = False
 
     def rank(self, config: LoraConfig) -> int:
-        """Return the rank of the adapter."""
+        """Return the rank of the site's adapter."""
         return rank_for(self.names, config)
 
     def alpha(self, config: LoraConfig) -> float:
-        """Return the alpha of the adapter."""
+        """Return the alpha of the site's adapter."""
         return float(alpha_for(self.names, config))
 
     def scale(self, config: LoraConfig) -> float:
-        """Return the number by which the branch is multiplied."""
+        """Return the number by which the site's branch is multiplied."""
         return scale_of(self.rank(config), self.alpha(config), config)
 
 
 def choices(matches: Matches, config: LoraConfig) -> Iterator[Choice]:
-    """Yield all sites in order. If parts of a fused site are selected, yield the parts instead of it.
+    """Yield the verdict about each site, in order. If parts of a site are selected, yield theirs instead.
 
     ``target_parameters`` comes first: a weight that it names is adapted whole, even if ``exclude_modules``
     or the layer filters leave out the module. With ``ensure_weight_tying`` the name of a head selects the
@@ -197,7 +197,10 @@ def _as_parameter(site: Site, entry: str, config: LoraConfig) -> Choice:
 
 
 def _in_attention(site: Site, alone: Verdict, config: LoraConfig) -> Choice:
-    """Select a projection by the name of its attention layer, if its own name is not selected."""
+    """Return the verdict about a projection of an attention layer whose own name is not selected.
+
+    The name of the layer may select it.
+    """
     layer = site.attention
     named = not uses_default_targets(config) and judge(layer, config).selected
     if not named:
@@ -291,7 +294,10 @@ def planned_tokens(
 
 
 def _has_rows(site: Site) -> bool:
-    """Return True if tokens are rows of the weight: of a lookup, or of a product over the vocabulary."""
+    """Return True if each row of a site's weight belongs to a token, so that rows can be trained separately.
+
+    This is so for a lookup, and for a product over the vocabulary.
+    """
     if site.rows is not None or site.experts or site.view or any(c.left for c in site.calls):
         return False
     if site.family == "embedding":
@@ -366,7 +372,7 @@ def _declares_tying(model: nn.Module) -> bool:
 def _with_tied(
     planned: Mapping[str, PlannedTokens], sites: Mapping[str, Site], config: LoraConfig
 ) -> dict[str, PlannedTokens]:
-    """Give the trained rows of an embedding to sites that share its weight and have no rows themselves."""
+    """Plan the trained rows of an embedding also for sites that share its weight and have no rows."""
     result = dict(planned)
     for row in planned.values():
         for weight in row.site.tied_to if row.lookup else ():
@@ -411,7 +417,7 @@ def _check_tokens(
 def _token_objections(
     capture: Capture, row: PlannedTokens, rows: Sequence[PlannedSite], saved: Sequence[str]
 ) -> Iterator[str]:
-    """Yield the reasons why rows of a weight cannot be trained separately."""
+    """Yield the reasons why ``trainable_token_indices`` cannot train the planned rows of a weight."""
     if any(adapted.site.weight == row.site.weight for adapted in rows):
         yield "is adapted as well; take it out of the targets, or leave out its tokens"
     for module in saved:
@@ -440,7 +446,7 @@ _log = logging.getLogger("lora_fx")
 
 @dataclasses.dataclass
 class Positions:
-    """The numbers of vectors that an operation reads and writes in a call of the model."""
+    """Numbers of vectors (tokens or pixels) that an operation reads and writes in a call of the model."""
 
     inputs: int = 0
     outputs: int = 0
@@ -449,13 +455,16 @@ class Positions:
 def with_sample_cost(
     plan: Plan, capture: Capture, example_inputs: Any, *, compared: bool = False
 ) -> Plan:
-    """Return a plan with the cost of a sample, if it has convolutions and the inputs are known.
+    """Return a plan with the FLOPs and saved bytes of one sample, for a model with convolutions.
+
+    The plan stays as it is if no convolution is adapted, or if the inputs are unknown.
 
     Args:
         plan: The plan.
         capture: The capture of the plan: a copy of the user's model, whose modules are called.
         example_inputs: As for :func:`lora_fx.plan`; None to make inputs from the model's own description.
-        compared: True to compute it even without adapted convolutions, to compare with plans that have them.
+        compared: True to compute the cost even without adapted convolutions, to compare with plans that have
+            some.
     """
     if plan.unit == "token" and not compared:
         return plan
@@ -473,7 +482,7 @@ def sample_cost(
     example_inputs: Any,
     skipped: Sequence[Site] = (),
 ) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
-    """Return the extra FLOPs and saved bytes of one sample, or None if its positions are unknown.
+    """Return the FLOPs and saved bytes that adapters add to one sample; None if positions are unknown.
 
     Args:
         model: The model. It is called without data.
@@ -482,7 +491,7 @@ def sample_cost(
         skipped: Sites that are not adapted, to find the number of samples.
 
     Returns:
-        The sum, and the cost of each of ``rows``.
+        (FLOPs, bytes) for all sites together, and the same pair for each of ``rows``.
     """
     samples, positions = _positions_or_none(
         model, [*(row.site for row in rows), *skipped], example_inputs
@@ -498,7 +507,9 @@ def sample_cost(
 def positions_of(
     model: nn.Module, sites: Sequence[Site], example_inputs: Any
 ) -> dict[str, Positions]:
-    """Return the positions of operations in a call, by name. Those without a known number are left out.
+    """Return the numbers of vectors that operations read and write in a call, by name.
+
+    Operations with unknown numbers are left out.
 
     Args:
         model: The model. It is called without data.
@@ -511,7 +522,7 @@ def positions_of(
 def _positions_or_none(
     model: nn.Module, sites: list[Site], example_inputs: Any
 ) -> tuple[int | None, dict[str, Positions]]:
-    """Return the result of :func:`_positions`, or None and an empty dict if the model cannot be called."""
+    """Count positions as :func:`_positions` does; return (None, {}) if the model cannot be called."""
     inputs = synthesise(model).inputs if example_inputs is None else example_inputs
     if inputs is None:
         return None, {}
@@ -523,7 +534,7 @@ def _positions_or_none(
 
 
 def _cost(model: nn.Module, row: PlannedSite, positions: Positions) -> tuple[int, int]:
-    """Return the FLOPs and saved bytes of a site for all positions of a batch."""
+    """Return the extra FLOPs and the saved bytes of a site, for all positions of a batch."""
     times = max(Counter(call.region for call in row.site.calls).values())
     itemsize = base_dtype(model, row.site).itemsize
     looked_up = row.site.family == "embedding"  # it reads an id for each output, and no vector
@@ -543,11 +554,11 @@ def _cost(model: nn.Module, row: PlannedSite, positions: Positions) -> tuple[int
 def _positions(
     model: nn.Module, sites: list[Site], example_inputs: Any
 ) -> tuple[int | None, dict[str, Positions]]:
-    """Count the positions of each site over a batch, and the samples of the batch, 0 if unknown.
+    """Call a model without data. Return the number of samples (0 if unknown) and the positions of each site.
 
-    The samples are the batch size of the first convolution, if an input has as many rows. The count is wrong
-    for a model that folds other axes into that batch (frames of videos), or processes its samples one by
-    one.
+    The number of samples is the batch size of the first convolution, if an input has as many rows. This
+    number is wrong for a model that folds other axes into that batch (frames of videos), or processes its
+    samples one by one.
     """
 
     def meta(value: Any) -> Any:
@@ -568,7 +579,7 @@ def _positions(
 
 
 class _Products(Listener):
-    """Counter of the positions of each product with the weight of a site.
+    """Listener that counts the positions of each product with the weight of a site.
 
     Args:
         sites: The sites.
@@ -595,7 +606,7 @@ class _Products(Listener):
         self.samples: int | None = None
 
     def hear(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Look for weights among the arguments."""
+        """Count the positions of a call, if an argument is the weight of a site."""
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         if isinstance(out, Tensor):
             for weight in tensors:

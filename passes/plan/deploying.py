@@ -70,7 +70,7 @@ def with_deployment(capture: Capture, plan: Plan, how: Deployment) -> Plan:
 
 
 def _of_site(site: Site, how: Deployment) -> Deployment:
-    """Return how the merged weight of a site will be stored.
+    """Return the storage format, with its options, in which the merged weight of a site will be stored.
 
     If the weight is quantized already, its options stay. Any other weight gets the options of ``how``, with a
     block size that fits its shape.
@@ -133,7 +133,7 @@ def _of_storage(model: nn.Module, site: Site, how: Deployment) -> Iterator[str]:
 
 
 def _is_layer(model: nn.Module, site: Site) -> bool:
-    """Return True if a site is an ``nn.Linear``, and nothing else applies its weight."""
+    """Return True if a site is an ``nn.Linear`` whose weight no other operation applies."""
     owner = model.get_submodule(site.owner)
     own = all(call.region == site.owner for call in site.calls)
     return original_class(owner) is nn.Linear and own and site.parameter == "weight"

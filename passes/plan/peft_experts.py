@@ -36,11 +36,11 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
 
 
 def expert_names(model: nn.Module) -> Mapping[str, str]:
-    """Return the module names that PEFT replaces by parameters of experts in a model.
+    """Return the parameters of experts that replace modules whose names PEFT still accepts as targets.
 
     Returns:
-        The end of the parameter's name, by the last part of the module's name. Empty for a model without such
-        experts, and for transformers before 5.
+        The end of the parameter's name, by the last part of the former module's name. Empty for a model
+        without such experts, and for transformers before 5.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     library = sys.modules.get("transformers.conversion_mapping")
@@ -52,7 +52,7 @@ def expert_names(model: nn.Module) -> Mapping[str, str]:
 
 
 def with_experts(config: LoraConfig, model: nn.Module, sites: Iterable[Site]) -> LoraConfig:
-    """Return a configuration with PEFT's targets for ``"all-linear"`` in a model with such experts.
+    """Extend ``"all-linear"`` by the experts that PEFT adapts in a model of transformers 5.
 
     Args:
         config: Any configuration. It is returned unchanged for other targets, and for other models.

@@ -135,7 +135,7 @@ def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) ->
 def _refuse_quantized(
     model: nn.Module, config: LoraConfig, saved: Iterable[str], sites: Iterable[Site]
 ) -> None:
-    """Refuse to train quantized weights in full, and starts that would write into them.
+    """Raise if a configuration would train quantized weights in full, or change them by an initialization.
 
     Args:
         model: The model.
@@ -174,7 +174,7 @@ def _refuse_quantized(
 def at_rank(
     model: nn.Module, row: PlannedSite, rank: int, alpha: float, config: LoraConfig
 ) -> PlannedSite:
-    """Return a planned site with another rank and alpha, its costs included."""
+    """Return a planned site with another rank and alpha, and with its costs computed again."""
     scale = scale_of(rank, alpha, config)
     return priced(model, dataclasses.replace(row, rank=rank, alpha=alpha, scale=scale))
 
@@ -271,7 +271,9 @@ _LOADED = "_is_hf_initialized"
 def fresh_modules(
     model: nn.Module, saved: Iterable[str] = (), sites: Iterable[Site] = ()
 ) -> Iterator[str]:
-    """Yield the FQNs of the outermost modules that were not in the checkpoint and that nothing trains.
+    """Yield modules whose values are not from the checkpoint and that nothing trains, such as a new head.
+
+    Only the FQNs of outermost modules are yielded.
 
     Args:
         model: A model of transformers, which marks the parameters that it has loaded.
@@ -307,7 +309,7 @@ def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:
 def choose(
     matches: Matches, config: LoraConfig, saved: Iterable[str]
 ) -> tuple[list[Choice], list[Skipped]]:
-    """Return the operations that a configuration adapts, and those that it does not, with the reasons.
+    """Return the operations that a configuration adapts, and the skipped ones with the reasons.
 
     Args:
         matches: The linear operations.
@@ -360,7 +362,10 @@ def _objection(choice: Choice, config: LoraConfig) -> str | None:
 
 
 def _shape_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
-    """Refuse an initialization from the weight if the kind stores factors of another shape than LoRA."""
+    """Return the reason why ``init_lora_weights`` does not fit the factors of a kind; None if it fits.
+
+    Initializations from the weight need factors of the same shape as LoRA's.
+    """
     start, shapes = config.init_lora_weights, pattern_of(site).factors(site, rank)
     if not isinstance(start, str) or start == "gaussian":
         return None
@@ -401,7 +406,10 @@ def _keep_tied(
     rows: list[PlannedSite],
     skipped: list[Skipped],
 ) -> tuple[list[PlannedSite], list[Skipped]]:
-    """Plan heads that share the weight of an adapted embedding. They use its factors, transposed."""
+    """Add to a plan the heads that share the weight of an adapted embedding.
+
+    They use the factors of the embedding, transposed.
+    """
     sites = {site.weight: site for site in matches.sites}
     tied: dict[str, PlannedSite] = {}
     for source in rows:
@@ -487,7 +495,7 @@ def _refuse_scripted(model: nn.Module, saved: Iterable[str], biases: Iterable[st
 
 
 def _named_once(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the base's parameters, each by its first name."""
+    """Yield each parameter of the base once, with the first of its names."""
     seen: set[int] = set()
     for name, parameter in base_parameters(model).items():
         if id(parameter) not in seen:
@@ -503,7 +511,7 @@ def _extra_parameters(model: nn.Module, saved: tuple[str, ...], biases: tuple[st
 
 
 def _ties(capture: Capture, config: LoraConfig, rows: list[PlannedSite]) -> bool:
-    """Return True if ``ensure_weight_tying`` changes the plan."""
+    """Return True if ``ensure_weight_tying`` changes the plan, and so is not an idle option."""
     untied = dataclasses.replace(config, ensure_weight_tying=False)
     modules = (list(_saved_modules(capture.model, variant)) for variant in (config, untied))
     return any(row.tied for row in rows) or len(next(modules)) > len(next(modules))
@@ -535,7 +543,7 @@ def _check(
 
 
 def _check_holders(model: nn.Module, plan: Plan) -> None:
-    """Raise if two sites, or a site and a module of the user, would store factors under the same name."""
+    """Raise if the factors of a site would get the name of another site's factors, or of a module."""
     taken: dict[str, str] = {}
     for row in plan.sites:
         holder = row.site.holder
@@ -554,7 +562,7 @@ def _check_holders(model: nn.Module, plan: Plan) -> None:
 
 
 def _check_names(holder: nn.Module, row: PlannedSite) -> None:
-    """Raise if a layer has another attribute with the name of a factor."""
+    """Raise if a layer already has an attribute with the name under which its factors would be stored."""
     for name in (*factor_names(row).present, *([DROPOUT] if row.dropout else [])):
         existing = getattr(holder, name, None)
         if not (existing is None or isinstance(existing, AdapterFactors | AdapterDropouts)):
@@ -582,11 +590,11 @@ def _nothing(plan: Plan, matches: Matches) -> str:
 
 
 def _named_by(target: str, rejections: Iterable[Rejection], config: LoraConfig) -> list[Rejection]:
-    """Return the refusals that an entry of ``target_modules`` selects, without excluded ones.
+    """Return the rejected operations that an entry of ``target_modules`` names, without excluded ones.
 
     Args:
-        target: The entry: a full name, or the end of one, of a module or of its weight.
-        rejections: All refusals.
+        target: The entry: the full name of a module or a weight, or the end of such a name.
+        rejections: All rejected operations.
         config: The configuration, which may exclude modules, save them in full, or select some layers only.
     """
     return [
@@ -599,11 +607,11 @@ def _named_by(target: str, rejections: Iterable[Rejection], config: LoraConfig) 
 def refusals(
     targets: Iterable[str], rejections: tuple[Rejection, ...], config: LoraConfig
 ) -> Iterator[tuple[str, str]]:
-    """Yield each entry that selects only refused weights, and the reason.
+    """Yield each entry that names only operations that cannot be adapted, with the reason.
 
     Args:
-        targets: Entries of ``target_modules``, a list, that selected no site.
-        rejections: All refusals.
+        targets: The entries of a list ``target_modules`` that selected no site.
+        rejections: All rejected operations.
         config: The configuration.
     """
     for target in targets:
@@ -631,12 +639,12 @@ def idle_entries(
     *,
     tied: bool,
 ) -> Iterator[str]:
-    """Yield a line for each entry that selects nothing.
+    """Yield a message for each entry of the configuration that selects nothing.
 
     Args:
         capture: The model.
         config: The configuration.
-        matches: The linear operations, and the refusals.
+        matches: The linear operations, and the rejected ones.
         chosen: The adapted sites.
         tied: True if ``ensure_weight_tying`` has an effect on the plan.
     """
@@ -687,7 +695,7 @@ def idle_parameters(
     Args:
         model: The model.
         config: The configuration.
-        matches: The linear operations, and the refusals.
+        matches: The linear operations, and the rejected ones.
         chosen: The adapted sites.
     """
     used = {parameter_entry(choice.site.weight, config) for choice in chosen}

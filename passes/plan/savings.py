@@ -88,7 +88,7 @@ def find_savings(capture: Capture) -> Savings:
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Return the FQNs of the blocks: layers of transformers, or else the repeated children of lists.
+    """Return the FQNs of a model's blocks: layers of transformers, or else the repeated children of lists.
 
     A list is an ``nn.ModuleList`` or ``nn.Sequential``. Lists inside of blocks, such as experts, are not
     searched.
@@ -126,7 +126,7 @@ class _Finder:
     Attributes:
         tiles: FQNs of the modules that may run in tiles.
         spans: Parts of other modules, by the FQNs of their first and last modules.
-        left: FQNs of modules that cannot run in tiles, with the reasons.
+        left: FQNs of modules that cannot run in tiles, each with the reason.
     """
 
     def __init__(self, capture: Capture, above: set[str]) -> None:
@@ -146,7 +146,7 @@ class _Finder:
         self._known: dict[Any, str] = {}
 
     def look(self, module: nn.Module, fqn: str) -> None:
-        """Search a module and its children."""
+        """Decide if a module may run in tiles. If not, search it for spans, and search its children."""
         if isinstance(module, AdapterModule) or not any(True for _ in module.parameters()):
             return
         if fqn not in self._above and type(module).forward is not nn.Module.forward:
@@ -164,11 +164,14 @@ class _Finder:
             self.look(child, join(fqn, name))
 
     def _cuts_span(self, fqn: str) -> bool:
-        """Return True if a module has one end of a span."""
+        """Return True if a span begins in a module and ends outside, or the other way around.
+
+        Such a module cannot run in tiles itself.
+        """
         return any(_is_in(first, fqn) != _is_in(last, fqn) for first, last in self.spans)
 
     def _is_alone(self, fqn: str) -> bool:
-        """Return True if a module computes each token on its own."""
+        """Return True if a module computes each token from that token alone."""
         return not self._reason(self._capture.model.get_submodule(fqn), fqn)
 
     def _objection(self, module: nn.Module, fqn: str) -> str:
@@ -180,7 +183,10 @@ class _Finder:
         return self._reason(module, fqn)
 
     def _reason(self, module: nn.Module, fqn: str) -> str:
-        """Return the reason why a module does not compute each token on its own; empty if it does."""
+        """Return the reason why a module computes tokens from other tokens, too; empty if it does not.
+
+        Equal modules are tried only once.
+        """
         for owner, kind in self._counting.items():
             if _is_in(owner, fqn):
                 return (
@@ -206,7 +212,7 @@ def _is_in_any(owner: str, fqns: Sequence[str]) -> bool:
 
 
 def _tried(module: nn.Module, sizes: Sequence[int], experts: bool) -> str:
-    """Return the reason why a module cannot run in tiles; empty if it can.
+    """Try a module on random tokens. Return the reason why it cannot run in tiles; empty if it can.
 
     Args:
         module: The module.
@@ -238,7 +244,10 @@ def _tried(module: nn.Module, sizes: Sequence[int], experts: bool) -> str:
 
 
 def _trial(module: nn.Module, x: Tensor, experts: bool) -> str | None:
-    """Return the reason why a module cannot run in tiles, "" if it can, or None if it does not take `x`."""
+    """Try a module on the tokens `x`. Return the reason why it cannot run in tiles; empty if it can.
+
+    Return None if the module fails for this input.
+    """
     try:
         follows = _objection_by_rules(module, x)
         if follows and experts:
@@ -284,7 +293,7 @@ def _strided_random(like: Tensor) -> Tensor:
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """Return the attributes of a module that its user has set, in a form that can be compared."""
+    """Return the public attributes of a module, to see if two modules have equal settings."""
     simple = (bool, int, float, str, type(None))
     return tuple(
         (name, value if isinstance(value, simple) else id(value))
@@ -305,7 +314,7 @@ def _state(module: nn.Module) -> list[Any]:
 
 
 def _results(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return the results of a module, each [tokens, out].
+    """Call a module, and return its results, each reshaped to [tokens, out].
 
     Raises:
         ValueError: If a result is not a tensor with one vector for each token.
@@ -320,7 +329,7 @@ def _results(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 class _Bounded(TorchFunctionMode):
-    """Mode in which a function fails if its result is far too large for a module that computes tokens.
+    """Mode in which a function raises if its result is far too large for a module that computes tokens.
 
     An image model may take the tokens as rows of pixels. Attention between all pixels would then need too
     much memory.
@@ -337,10 +346,10 @@ class _Bounded(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run a function.
+        """Run a function, and check the size of its result.
 
         Raises:
-            ValueError: If its result is too large.
+            ValueError: If the result is too large.
         """
         result = function(*args, **(kwargs or {}))
         if isinstance(result, Tensor) and result.numel() > self._most:
@@ -349,7 +358,7 @@ class _Bounded(TorchFunctionMode):
 
 
 def _objection_by_rules(module: nn.Module, x: Tensor) -> str:
-    """Return a reason unless the rules show that each token is computed on its own; empty if they do.
+    """Return the reason why a module may mix tokens, according to the row rules; empty if it cannot mix them.
 
     Args:
         module: The module.
@@ -378,7 +387,7 @@ def _objection_by_rules(module: nn.Module, x: Tensor) -> str:
 
 
 def _results_in_shape(module: nn.Module, x: Tensor) -> list[list[Tensor]]:
-    """Return the results for tokens in another shape, in a list; empty if the module does not accept it."""
+    """Return a list with the results of a module for tokens `x`; empty if the module rejects their shape."""
     try:
         return [_results(module, x)]
     except Exception:  # noqa: BLE001  of the user's code
@@ -386,7 +395,10 @@ def _results_in_shape(module: nn.Module, x: Tensor) -> list[list[Tensor]]:
 
 
 def _objection_by_values(module: nn.Module, x: Tensor) -> str:
-    """Return a reason if the results for parts of the tokens differ from those for all; empty if not."""
+    """Return a reason if a module gives other results for parts of the tokens than for all of them.
+
+    The reason is empty if the results agree.
+    """
     half = x.shape[1] // 2
     with torch.no_grad():
         state = torch.get_rng_state()

@@ -31,7 +31,7 @@ _TOKENS = 12
 def find_spans(
     capture: Capture, layer: nn.Module, fqn: str, is_alone: Callable[[str], bool]
 ) -> tuple[list[Span], list[tuple[str, str]]]:
-    """Return the spans of a layer, and the widening modules that begin no span, each with the reason.
+    """Return the spans of a layer, and modules that widen tokens but begin no span, each with the reason.
 
     Args:
         capture: The model with its graphs and sites.
@@ -69,7 +69,7 @@ class _WideResult:
     ends: bool = False
 
     def reason(self) -> str:
-        """Return the reason why no span begins at the module; empty if one does."""
+        """Return the reason why no span begins at the widening module; empty if a span does."""
         if not self.ends:
             reader = self.readers[0] if self.readers else "code without a graph"
             return (
@@ -81,7 +81,7 @@ class _WideResult:
 
 
 class _Search:
-    """Search in one layer. Names of modules are relative to it.
+    """Search for spans in one layer. Names of modules are relative to the layer.
 
     Attributes:
         results: The results of modules that make tokens wider.
@@ -104,7 +104,10 @@ class _Search:
         return region.graph if region else self._capture.begun.get(join(self._fqn, name))
 
     def follow(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        """Follow values through the graph of a module, and return its result. Unknown values are None."""
+        """Run the graph of a module on values that record their operations, and return its result.
+
+        Unknown values are None.
+        """
         values: dict[fx.Node, Any] = {}
         graph = self.graph(name)
         assert graph is not None
@@ -129,7 +132,10 @@ class _Search:
         return None
 
     def _result(self, name: str, args: Any, kwargs: Any) -> Any:
-        """Return the result of a module."""
+        """Return the result of a called module: a new recorded value if the module makes tokens wider.
+
+        Other modules run on the recorded values. The result is None if it is unknown.
+        """
         fqn, leaves = join(self._fqn, name), pytree.tree_leaves((args, kwargs))
         site, module = self._sites.get(fqn), self._layer.get_submodule(name)
         if site is not None and len(leaves) == 1 and self._is_alone(fqn):
@@ -153,7 +159,10 @@ class _Search:
         return self._run(name, copy.deepcopy(module).train() if bare else None, args, kwargs)
 
     def _run(self, reader: str, function: Any, args: Any, kwargs: Any) -> Any:
-        """Return the result of an operation if a step can record it, or if it is no tensor (a shape)."""
+        """Run an operation on recorded values, and return its result if a training step can record it.
+
+        Results that are not tensors, such as shapes, are returned, too. Otherwise return None.
+        """
         result = None
         if _sources((args, kwargs)) and function is not None:
             try:
@@ -167,13 +176,13 @@ class _Search:
         return result
 
     def _note_module(self, module: str, values: Any) -> None:
-        """Note a module that reads or returns values."""
+        """Record by name a module that reads or returns values, with the results they come from."""
         for source in _sources(values):
             if module not in self.results[source].modules:
                 self.results[source].modules.append(module)
 
     def _note_reader(self, values: Any, reader: str) -> None:
-        """Note an operation or module that reads values and that a step cannot record."""
+        """Record by name a module or an operation that reads values and that a step cannot record."""
         for source in _sources(values):
             self.results[source].readers.append(reader)
 

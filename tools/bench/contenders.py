@@ -61,13 +61,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """Return the weight of a linear layer, [out, in]."""
+    """Return the weight of a linear layer or a ``Conv1D`` as a matrix [out, in]."""
     weight = module.get_parameter("weight")
     return weight if isinstance(module, nn.Linear) else weight.T
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the modules that shares the parameters, which are frozen."""
+    """Copy the modules of a model, and share its parameters, which are frozen in the copy."""
     memo = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, memo).requires_grad_(False)
 
@@ -75,7 +75,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def replaced(
     model: nn.Module, names: Iterable[str], layer: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
-    """Return a copy that shares the parameters, with some layers replaced.
+    """Return a copy of a model that shares its parameters, with some layers replaced.
 
     Args:
         model: The base.
@@ -115,7 +115,7 @@ class LowRank(nn.Module):
 
 
 class FiveOperations(LowRank):
-    """Dropout, A, B, scale and add as separate operations, as in torchtune's ``LoRALinear``."""
+    """Layer with dropout, A, B, scale and add as separate operations, as in torchtune's ``LoRALinear``."""
 
     TITLE = "five operations, as in torchtune"
 
@@ -127,7 +127,7 @@ class FiveOperations(LowRank):
 
 
 class InPlace(LowRank):
-    """Branch of two products that is added in place, as in loralib's ``Linear``."""
+    """Layer whose branch is added to the output in place, as in loralib's ``Linear``."""
 
     TITLE = "added in place, as in loralib"
 
@@ -155,7 +155,7 @@ class WeightChange(LowRank):
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """Order of the products in a layer with a branch.
+    """Order of the matrix products in a step of a linear layer with factors.
 
     Attributes:
         merged_forward: True if y = x (W + s·BA)ᵀ.
@@ -169,13 +169,19 @@ class Contraction:
 
 
 def choose(tokens: int, out_features: int, in_features: int, rank: int) -> Contraction:
-    """Return the contraction with the fewest FLOPs; among equals, one that computes the branch separately."""
+    """Return the order of products with the fewest FLOPs for a step of a layer of this size.
+
+    Among equals, prefer an order that computes the branch separately.
+    """
     options = [Contraction(*flags) for flags in itertools.product((False, True), repeat=3)]
     return min(options, key=lambda option: _flops(option, tokens, out_features, in_features, rank))
 
 
 def _flops(chosen: Contraction, t: int, d: int, k: int, r: int) -> int:
-    """Count the FLOPs beyond the frozen products."""
+    """Count the FLOPs that factors add to a step of a linear layer.
+
+    The arguments are the number of tokens, the outputs, the inputs, and the rank.
+    """
     down, up = 2 * t * k * r, 2 * t * d * r
     merged = 2 * d * k * r
     total = merged if chosen.merged_forward else down + up
@@ -190,7 +196,7 @@ def _flops(chosen: Contraction, t: int, d: int, k: int, r: int) -> int:
 
 
 class ChosenContraction(LowRank):
-    """Layer that chooses its contraction at each call."""
+    """Layer that chooses the order of its products at each call, for the fewest FLOPs."""
 
     TITLE: ClassVar[str] = "contraction by FLOPs, as in RunLoRA"
 
@@ -241,14 +247,14 @@ class _Function(torch.autograd.Function):
 
 
 def linear_floor(out_features: int, in_features: int, rank: int) -> float:
-    """Return F of one linear operation: the FLOPs of its step, relative to those without an adapter."""
+    """Return F of a linear layer: the FLOPs of a step with an adapter, divided by those without."""
     return 1 + 1.5 * rank * (out_features + in_features) / (out_features * in_features)
 
 
 def model_floor(
     model: nn.Module, adapted: Iterable[str], rank: int, forward: Callable[[nn.Module], Any]
 ) -> float:
-    """Return F of a model: the FLOPs of its linear layers in a step, relative to those without adapters.
+    """Return F of a model: the linear layers' FLOPs of a step with adapters, divided by those without.
 
     Args:
         model: Model without adapters.
@@ -299,7 +305,7 @@ PLAIN_KIND, OTHER_KIND = KINDS
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of an adapter, named as in PEFT.
+    """Settings of the adapters in a benchmark, named as in PEFT.
 
     Attributes:
         r, lora_alpha, lora_dropout, target_modules: PEFT's fields of the same names.
@@ -332,12 +338,12 @@ Builder = Callable[[nn.Module, Settings], nn.Module]
 
 
 def targets_of(model: nn.Module, settings: Settings) -> tuple[str, ...]:
-    """Return the names of the layers that get adapters."""
+    """Return the names of a model's layers that get adapters by these settings."""
     return tuple(site.name for site in plan(model, LoraConfig(**settings.fields())).sites)
 
 
 def _frozen(base: nn.Module, settings: Settings) -> nn.Module:
-    """Return the model without adapters, with gradients down to the embeddings, if it has any."""
+    """Return a model without adapters whose step computes gradients down to the embeddings, if any."""
     return take_gradient_to_embeddings(shared_copy(base))
 
 
@@ -402,7 +408,7 @@ Contenders = Mapping[str, tuple[str, Settings]]
 
 
 def name_of(contender: str, dropout: float) -> str:
-    """Return the name of a contender with dropout in a table."""
+    """Return a contender's name with its dropout probability, such as "PEFT, p = 0.05"."""
     return f"{contender}, p = {dropout:g}"
 
 
@@ -410,7 +416,7 @@ _DROPOUTS = (0.0, 0.05)
 
 
 def variants(names: Iterable[str], dropouts: Iterable[float] = _DROPOUTS) -> Contenders:
-    """Return the frozen model, and contenders with each dropout that they support.
+    """Return the model without adapters, and each contender at each dropout probability that it supports.
 
     Args:
         names: Keys of :data:`BUILDERS`.
@@ -428,7 +434,7 @@ def variants(names: Iterable[str], dropouts: Iterable[float] = _DROPOUTS) -> Con
 
 
 def by_dropout(names: Iterable[str]) -> Contenders:
-    """Return the same contenders as :func:`variants`, sorted by dropout."""
+    """Return the contenders of :func:`variants`, sorted by dropout probability instead of by name."""
     return {key: contender for p in _DROPOUTS for key, contender in variants(names, (p,)).items()}
 
 
@@ -437,7 +443,7 @@ def of_kinds(
     dropouts: Iterable[float] = _DROPOUTS,
     libraries: Iterable[str] = (OURS, PEFT),
 ) -> Contenders:
-    """Return kinds of adapters of each library, named "lora-fx LoRA, p = 0" and the like."""
+    """Return a contender for each library, kind of adapter and dropout, such as "lora-fx LoRA, p = 0"."""
     return {
         name_of(f"{library} {kind}", p): (library, Settings(lora_dropout=p, kind=kind))
         for p in dropouts
@@ -449,7 +455,7 @@ def of_kinds(
 def built(
     contenders: Contenders, base: nn.Module, inputs: Mapping[str, Any] | None = None
 ) -> dict[str, nn.Module]:
-    """Return the models, in training mode, which share the parameters of one base.
+    """Build the models of contenders, in training mode, over the shared parameters of one base.
 
     Args:
         contenders: Contenders to build.

@@ -66,9 +66,9 @@ class _PeakCounter(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-
         return out
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
-        """Exclude a storage that existed before the step.
+        """Note a storage that existed before the step, so that it is not counted.
 
-        Once it is freed, a new storage may reuse its address, and the new one counts.
+        Once this storage is freed, a new storage may reuse its address, and is counted.
         """
         key = torch_private.storage_key(storage)
         if key not in self._known:
@@ -91,7 +91,7 @@ class _PeakCounter(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-
 
 
 def alive_bytes(forward: Callable[[], Any]) -> int:
-    """Run a forward and count the memory that its operations leave allocated.
+    """Run a forward and count the bytes of the storages that are still allocated after it.
 
     This is a second count of the bytes that :func:`saved_bytes` counts, independent of autograd.
 
@@ -108,14 +108,14 @@ def alive_bytes(forward: Callable[[], Any]) -> int:
 
 
 class _Maker(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Weak references to the storages that operations create."""
+    """Mode that records weak references to the storages that operations create."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._made: list[weakref.ref[torch.UntypedStorage]] = []
 
     def alive(self) -> Iterator[torch.UntypedStorage]:
-        """Yield the storages that still exist."""
+        """Yield the recorded storages that are not freed yet."""
         for reference in self._made:
             if (storage := reference()) is not None:
                 yield storage
@@ -149,7 +149,7 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
 def saved_by(
     model: nn.Module, forward: Callable[[], Any], kind: Callable[[Tensor], str]
 ) -> dict[str, int]:
-    """Run a forward and count the bytes that autograd saves, by kind.
+    """Run a forward and count the bytes that autograd saves, for each kind of tensor.
 
     Args:
         model: Model whose parameters do not count.
@@ -176,7 +176,7 @@ def _address(storage: torch.UntypedStorage) -> int:
 
 
 def _belonging(model: nn.Module) -> Iterator[Tensor]:
-    """Yield the parameters, and the tensors that a library stores with a quantized parameter."""
+    """Yield a model's parameters, and the tensors that belong to quantized ones, such as scales."""
     for parameter in model.parameters():
         yield parameter
         yield from tensors(vars(parameter))

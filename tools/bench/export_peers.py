@@ -56,7 +56,7 @@ _QUIET = {"HF_HUB_OFFLINE": "1", "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """Report of a script about its export.
+    """Result that ``peer_script.py`` reports about an export with another library.
 
     Attributes:
         error: The reason why there is no file, in one line; "" if there is a file.
@@ -72,7 +72,9 @@ class Exported:
 
 
 def set_environments(texts: Iterable[str]) -> None:
-    """Set the folders of environments, each ``NAME=FOLDER``, for this process and its children.
+    """Set where the Python environments of other libraries are, each as ``NAME=FOLDER``.
+
+    The setting holds for this process and its children.
 
     Raises:
         ConfigError: If a text has another form, a name is unknown, or a folder has no Python.
@@ -91,11 +93,12 @@ def set_environments(texts: Iterable[str]) -> None:
 
 
 def environment_of(name: str, variables: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the Python of an environment, or None if it is not installed.
+    """Return the path of Python in another library's environment, or None if that is not installed.
 
     Args:
         name: A name of :data:`NAMES`, or :data:`HERE`.
-        variables: ``LORA_FX_PEER_OLIVE`` and the like name the folders. The default is ``.peers/olive``.
+        variables: Environment variables: ``LORA_FX_PEER_OLIVE`` and the like name the folders. The default is
+            ``.peers/olive``.
     """
     if name == HERE:
         return Path(sys.executable)
@@ -105,7 +108,7 @@ def environment_of(name: str, variables: Mapping[str, str] = os.environ) -> Path
 
 
 def exported(python: Path, script: str, arguments: Sequence[str | Path]) -> Exported:
-    """Run ``peer_script.py`` and read its report.
+    """Run ``peer_script.py`` in another environment, and return its report about the export.
 
     Args:
         python: Python of the environment.
@@ -125,7 +128,7 @@ def exported(python: Path, script: str, arguments: Sequence[str | Path]) -> Expo
 
 
 def read(stdout: str, stderr: str) -> Exported:
-    """Return the report in the last JSON line of a script's output, or else its last line of errors."""
+    """Parse the output of ``peer_script.py``: the last JSON line, or else the last line of errors."""
     for line in reversed(stdout.splitlines()):
         if line.startswith("{"):
             report = Exported(**json.loads(line))
@@ -206,7 +209,7 @@ def runner(path: Path, adapter: Path | None = None) -> Runner:
 
 
 def largest_error(run: Runner, references: Sequence[tuple[Mapping[str, Tensor], Tensor]]) -> float:
-    """Return the largest difference of an element relative to the largest element, over all inputs.
+    """Return the largest error of a file against PyTorch, relative to the largest element of an output.
 
     Raises:
         ExportError: If the file fails on an input, or its output has another shape.
@@ -225,7 +228,10 @@ def largest_error(run: Runner, references: Sequence[tuple[Mapping[str, Tensor], 
 
 
 def _completed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add the positions and token types that exporters turn into inputs, as transformers fills them in."""
+    """Return the inputs with position and token type ids, which some exported files take.
+
+    The values are those that transformers fills in.
+    """
     ids = inputs["input_ids"]
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
     return {**inputs, "position_ids": positions, "token_type_ids": torch.zeros_like(ids)}
@@ -256,7 +262,7 @@ References = list[tuple[dict[str, Tensor], Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """Outputs of PyTorch with the adapter and without."""
+    """Outputs of PyTorch, with the adapter and without it, to compare files with."""
 
     adapted: References
     base: References
@@ -283,14 +289,17 @@ class Row:
 
     @property
     def outcome(self) -> str:
-        """Return the result in words."""
+        """Return a cell of the table: "yes" if the file computes the same as PyTorch, or else the reason."""
         if self.error or self.parity is None:
             return self.error
         return "yes" if self.parity <= _EXACT else "a file that computes something else"
 
 
 def _run(run: Run) -> dict[tuple[str, str, str], Row]:
-    """Return rows by model, adapter and contender. Each export runs once, whatever the number of repeats."""
+    """Measure the exports of all libraries. Return rows by model, adapter and contender.
+
+    Each export runs once, whatever the number of repeats.
+    """
     cases = [(model, kind) for model in served(run.size) for kind in KINDS]
     if run.size is not Size.FULL:
         cases = cases[:1] if run.size is Size.TINY else cases[:2]
@@ -390,13 +399,16 @@ def _reason(error: LoraFxError, folder: Path) -> str:
 
 
 def _short(text: str, folder: Path) -> str:
-    """Shorten a text to fit a cell. Keep the end, where ONNX Runtime states the error."""
+    """Shorten an error to fit a cell of the table.
+
+    The end is kept, because ONNX Runtime states the error there.
+    """
     text = text.replace(f"{folder}/", "")
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH // 3]} … {text[-2 * _WIDTH // 3 :]}"
 
 
 def _write(model: Served, kind: str, folder: Path) -> Expected:
-    """Write the folders of a base and an adapter, and return PyTorch's outputs with them."""
+    """Write the folders of a base and an adapter, and return PyTorch's outputs for both."""
     import peft
 
     base: Any = model.make()

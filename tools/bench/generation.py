@@ -75,7 +75,7 @@ class Generated:
 
 
 class _Clock:
-    """CPU seconds of this process and of the peers, which report theirs."""
+    """Clock of CPU seconds that adds up this process and the peers' processes, which report theirs."""
 
     def __init__(self) -> None:
         self.others = 0.0
@@ -85,7 +85,7 @@ class _Clock:
 
 
 class _Peer:
-    """onnxruntime-genai in its own process, which generates one text per call.
+    """onnxruntime-genai in a separate process, which generates one text per call.
 
     Args:
         python: Python of its environment.
@@ -223,7 +223,7 @@ def _ours(folder: Path, prompt: torch.Tensor, tokens: int) -> dict[str, _Text]:
 
 
 def _bare(session: OnnxSession, prompt: torch.Tensor, tokens: int) -> list[int]:
-    """Generate by hand: call ``run`` of ONNX Runtime and feed its caches back."""
+    """Generate a text by calling ONNX Runtime's ``run``, with each step's cache as the next step's input."""
     runtime = session._session
     outputs = [port.name for port in session.outputs]
     past = {}
@@ -250,7 +250,10 @@ def _add_peer(
     clock: _Clock,
     stack: ExitStack,
 ) -> str:
-    """Add the peer, twice, or return the reason why it does not run."""
+    """Add onnxruntime-genai to the contenders under two names, which shows the noise.
+
+    Return the reason if it does not run, or "".
+    """
     python = environment_of("genai")
     missing = _build(folder)
     if missing or python is None:
@@ -263,7 +266,7 @@ def _add_peer(
 
 
 def _build(folder: Path) -> str:
-    """Write a file of the base with the peer's builder. Return the reason if it fails, or ""."""
+    """Write a file of the base with onnxruntime-genai's builder. Return the reason if this fails, or ""."""
     python, own = environment_of("genai"), environment_of(HERE)
     if python is None or own is None:
         return _MISSING
@@ -364,7 +367,7 @@ def _run_once(run: Run) -> Runs:
 
 
 def _optimize(folder: Path, files: Mapping[str, Path]) -> str:
-    """Write the optimizer's files. Return the reason if it fails, or ""."""
+    """Write files of the base with ONNX Runtime's optimizer. Return the reason if this fails, or ""."""
     python = environment_of("optimum")
     if python is None:
         return _MISSING
@@ -402,7 +405,10 @@ def _single(
 def _bound(
     session: Any, model: Served, size: tuple[int, int, int], factors: Any = None
 ) -> Callable[[Any], None]:
-    """Return a run of a session into memory that stays allocated, with the same inputs for all files."""
+    """Return a function that runs a session on fixed inputs, into memory that stays allocated.
+
+    The inputs are the same for all files.
+    """
     rows, new, past = size
     heads = model.shape["num_attention_heads"]
     draw = np.random.default_rng(0)

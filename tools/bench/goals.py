@@ -74,7 +74,7 @@ NOT_MEASURED = "not measured"
 
 
 class Row(NamedTuple):
-    """A goal and its verdict, as the page shows them.
+    """Row of the page: a goal, and the verdict about it.
 
     Attributes:
         workload: Measured workload.
@@ -82,7 +82,7 @@ class Row(NamedTuple):
         goal: Text of the goal.
         measured: The figures, or :data:`NOT_MEASURED`.
         met: ``yes``, ``no`` with the excess, or a dash.
-        bound: For a missed goal, the section that shows what bounds it.
+        bound: For a missed goal, the section that shows what keeps the figure from getting lower.
     """
 
     workload: str
@@ -140,7 +140,7 @@ GOALS = tuple(
 def rows(
     results: Mapping[str, Any], reference: Callable[[str], str] = lambda section: section
 ) -> list[Row]:
-    """Return a row for every goal, measured or not.
+    """Return a row of the page for every goal, measured or not.
 
     Args:
         results: Results by section.
@@ -162,7 +162,7 @@ def gains(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _overheads(measured: Measured, dropout: float) -> tuple[list[float], str]:
-    """Return O of ours, of PEFT's and of ours with example inputs, and the text that shows them."""
+    """Return the overheads of lora-fx, of PEFT, and of lora-fx with example inputs, and a text with all."""
     ours, peft, shared = medians = [
         measured.overhead(name_of(name, dropout)).median for name in (OURS, PEFT, EXPORTED)
     ]
@@ -170,21 +170,24 @@ def _overheads(measured: Measured, dropout: float) -> tuple[list[float], str]:
 
 
 def _beyond(measured: Measured, *contenders: tuple[str, float]) -> list[float] | None:
-    """Return the MiB that these contenders save beyond the frozen step, or None if one size is unknown."""
+    """Return the MiB that each contender saves for the backward beyond the frozen model's step.
+
+    Return None if a size is unknown.
+    """
     sizes = [measured.saved_beyond(name_of(*contender)) for contender in contenders]
     known = [size / _MIB for size in sizes if size is not None]
     return known if len(known) == len(sizes) else None
 
 
 def above_floor(results: Measured) -> Verdict:
-    """Judge if the overhead above F is at most half of PEFT's."""
+    """Judge if lora-fx's overhead is above F by at most half as much as PEFT's."""
     floor = results.floor or 1.0
     (ours, peft, _), text = _overheads(results, 0)
     return Verdict(f"{text}; F {floor:.3f}", ours - floor - (peft - floor) / 2)
 
 
 def with_dropout(results: Measured) -> Verdict:
-    """Judge the overhead with dropout."""
+    """Judge the overhead of lora-fx with dropout."""
     (ours, peft, _), text = _overheads(results, 0.05)
     return Verdict(text, ours - 1.20, ours=f"{ours:.2f}", peft=f"{peft:.2f}")
 
@@ -192,7 +195,7 @@ def with_dropout(results: Measured) -> Verdict:
 def step_time(
     results: Measured, dropout: float, most: float, base: str = FROZEN, again: str = AGAIN
 ) -> Verdict | None:
-    """Judge the time of a step relative to ``base``.
+    """Judge if a step of lora-fx takes at most ``most`` times as long as a step of ``base``.
 
     ``again`` names a second run of the base, which shows the noise.
     """
@@ -207,7 +210,7 @@ def step_time(
 
 
 def compiled_time(results: Measured, dropout: float, most: float) -> Verdict | None:
-    """Judge the time of a compiled step relative to the compiled frozen one."""
+    """Judge if a compiled step takes at most ``most`` times as long as the compiled step without adapters."""
     return step_time(
         results, dropout, most, step_sections.COMPILED_BASE, step_sections.COMPILED_AGAIN
     )
@@ -216,7 +219,7 @@ def compiled_time(results: Measured, dropout: float, most: float) -> Verdict | N
 def balanced_overhead(
     results: Mapping[str, Measured], dropout: float, most: float
 ) -> Verdict | None:
-    """Judge the time of the small Llama's step that recomputes cheap inputs."""
+    """Judge the overhead of the small Llama's step with ``memory="balanced"``."""
     measured = next(iter(results.values()))
     names = [name_of(name, dropout) for name in (BALANCED, PEFT, OURS, OURS_AGAIN)]
     if not measured.steps.keys() >= set(names):
@@ -228,7 +231,7 @@ def balanced_overhead(
 
 
 def saved(results: Measured, dropout: float, most: float) -> Verdict | None:
-    """Judge the bytes that a step saves beyond the frozen one."""
+    """Judge if a step saves at most ``most`` MiB more for the backward than a step without adapters."""
     sizes = _beyond(results, *((name, dropout) for name in (OURS, PEFT, EXPORTED)))
     if sizes is None:
         return None
@@ -238,7 +241,7 @@ def saved(results: Measured, dropout: float, most: float) -> Verdict | None:
 
 
 def decomposed_saved(results: Measured) -> Verdict | None:
-    """Judge the bytes that a step with the other kind of adapter saves beyond the frozen one."""
+    """Judge the bytes that a step with DoRA saves beyond the step without adapters."""
     ours, least, theirs = (f"{library} {OTHER_KIND}" for library in (OURS, BALANCED, PEFT))
     sizes = _beyond(results, (least, 0), (least, 0.05), (ours, 0), (theirs, 0))
     if sizes is None:
@@ -251,7 +254,7 @@ def decomposed_saved(results: Measured) -> Verdict | None:
 
 
 def kept_in_all(results: Mapping[str, Measured]) -> Verdict | None:
-    """Judge if a step that recomputes cheap inputs saves less than the frozen one, in every model."""
+    """Judge if a step with ``memory="balanced"`` saves less than a step without adapters, in every model."""
     figures, excesses = [], []
     for measured in results.values():
         own, frozen = measured.steps[name_of(BALANCED, 0)].saved, measured.steps[FROZEN].saved
@@ -263,9 +266,9 @@ def kept_in_all(results: Mapping[str, Measured]) -> Verdict | None:
 
 
 def time_of_balanced(results: Mapping[str, Measured]) -> Verdict:
-    """Judge the time of a step that recomputes cheap inputs relative to one that keeps each input.
+    """Judge the time of a step with ``memory="balanced"`` relative to one with ``memory="fast"``.
 
-    The second step, measured twice, shows the noise.
+    The step with ``memory="fast"`` is measured twice, which shows the noise.
     """
     figures, excesses = [], []
     for measured in results.values():
@@ -298,7 +301,7 @@ def vocabulary_peak(results: Measured) -> Verdict | None:
 
 
 def decomposed_time(results: Measured) -> Verdict:
-    """Judge the time of the other kind of adapter relative to plain ones of the same library."""
+    """Judge the time of a step with DoRA relative to LoRA of the same library."""
     names = [[name_of(f"{library} {kind}", 0) for kind in KINDS] for library in (OURS, PEFT)]
     ours, peft = (
         ratio(results.steps[other].sample, results.steps[plain].sample).median
@@ -310,14 +313,17 @@ def decomposed_time(results: Measured) -> Verdict:
 
 
 def experts(results: Measured) -> Verdict:
-    """Judge the overhead on the weights of experts."""
+    """Judge the overhead of adapters on the weights of experts."""
     ours, peft = (results.overhead(name).median for name in (OURS, PEFT))
     figures = f"{ours:.2f}", f"{peft:.2f}"
     return Verdict("; PEFT ".join(figures), ours - 1.25, "", *figures)
 
 
 def nf4_time(results: Measured, dropout: float) -> Verdict:
-    """Judge if a step takes no longer than PEFT's. The frozen step under two names shows the noise."""
+    """Judge if a step over NF4 weights takes no longer than PEFT's.
+
+    The frozen step under two names shows the noise.
+    """
     names = [name_of(name, dropout) for name in (OURS, PEFT)]
     ours, peft = (results.overhead(name).median for name in names)
     # Compare within each turn, because a slow minute of the machine may hit only one of two medians.
@@ -328,7 +334,7 @@ def nf4_time(results: Measured, dropout: float) -> Verdict:
 
 
 def nf4_saved(results: Measured) -> Verdict | None:
-    """Judge if a step keeps no values of weights, and saves no more than PEFT's."""
+    """Judge if a step over NF4 keeps no dequantized weights, and saves no more than PEFT's step."""
     names = [(name, p) for p in (0, 0.05) for name in (OURS, PEFT)]
     sizes = _beyond(results, *names)
     if sizes is None:
@@ -346,7 +352,7 @@ def nf4_saved(results: Measured) -> Verdict | None:
 
 
 def nf4_quality(learned: learning.Learned) -> Verdict:
-    """Judge if adapters over NF4 learn as much as adapters over fp32."""
+    """Judge if adapters over NF4 classify as well as adapters over fp32, up to one percentage point."""
     names = (learning.DENSE, learning.NF4, learning.THEIRS)
     dense, ours, peft = (100 * learned.mean(name) for name in names)
     text = f"{ours:.1f} %; over fp32 {dense:.1f}; PEFT over NF4 {peft:.1f}"
@@ -361,7 +367,10 @@ def rewrite(results: verbs.Scale) -> Verdict:
 
 
 def curves(results: learning.Curves) -> Verdict:
-    """Judge if our losses equal those of the plain form, relative to the difference between seeds."""
+    """Judge if the losses of lora-fx's trainings equal those of the plain form of LoRA.
+
+    Their difference is compared with the difference between seeds.
+    """
     parts = {name: results.apart(name) / results.between_seeds(name) for name in learning.FUSED}
     worst = max(parts, key=parts.__getitem__)
     text = (
@@ -372,7 +381,7 @@ def curves(results: learning.Curves) -> Verdict:
 
 
 def dropped_curves(results: learning.Curves) -> Verdict:
-    """Judge if trainings with other masks end at the loss of the plain form."""
+    """Judge if trainings with other dropout masks end at the same loss as the plain form of LoRA."""
     parts = {name: abs(results.last_apart(name)) for name in learning.FUSED}
     worst = max(parts, key=parts.__getitem__)
     spread = results.spread(CANONICAL)
@@ -382,7 +391,7 @@ def dropped_curves(results: learning.Curves) -> Verdict:
 
 
 def linear_growth(results: Mapping[str, verbs.Scale]) -> Verdict | None:
-    """Judge if a node takes as long in a large model as in a small one."""
+    """Judge if a rewrite takes as long for each node in a large model as in a small one."""
     if not {"7B", "70B"} <= results.keys():
         return None
     small, large = (results[name].per_thousand for name in ("7B", "70B"))
@@ -391,14 +400,14 @@ def linear_growth(results: Mapping[str, verbs.Scale]) -> Verdict | None:
 
 
 def guards_of_a_forward(results: guards.GuardTimes) -> Verdict:
-    """Judge the guards' part of a forward, in the worst model."""
+    """Judge the share of a forward that the guards of the graphs take, in the worst model."""
     portions = {case.title: case.portion.median for case in results.cases}
     text = "; ".join(f"{title}: {100 * portion:.2f} %" for title, portion in portions.items())
     return Verdict(text, 100 * max(portions.values()) - 1, " %")
 
 
 def second_step(results: guards.GuardTimes) -> Verdict:
-    """Judge if the second step is as fast as one without a watch."""
+    """Judge if the second step of a model is as fast as a step without the watch."""
     off = results.steps[guards.OFF]
     second, again = (ratio(results.steps[name], off) for name in (guards.SECOND, guards.AGAIN))
     # The same step under a second name shows the noise, no matter which of the two is slower.
@@ -406,7 +415,7 @@ def second_step(results: guards.GuardTimes) -> Verdict:
 
 
 def merge(results: Mapping[str, verbs.Merged], part: float) -> Verdict:
-    """Judge the time of a merge into the base, which is what PEFT does, too.
+    """Judge the time of a merge into the base model, as PEFT does it.
 
     Args:
         results: Merges by contender.
@@ -421,7 +430,7 @@ def merge(results: Mapping[str, verbs.Merged], part: float) -> Verdict:
 
 
 def temporaries(results: Mapping[str, verbs.Merged]) -> Verdict:
-    """Judge if a merge makes no tensor as large as a weight. If it does, all of its bytes are the excess."""
+    """Judge if a merge makes no tensor as large as a weight. If it does, the excess is that tensor's size."""
     ours, peft = (results[name] for name in (verbs.OURS_INTO, verbs.PEFT_MERGE))
     text = (
         f"largest tensor {ours.memory.largest / _MIB:.1f} MiB, W {ours.weight / _MIB:.1f}; "
@@ -432,14 +441,14 @@ def temporaries(results: Mapping[str, verbs.Merged]) -> Verdict:
 
 
 def rounding(results: Mapping[str, Mapping[str, verbs.MergeError]]) -> Verdict:
-    """Judge if merged weights are rounded only once."""
+    """Judge if merged weights are rounded only once: an error of at most half a unit in the last place."""
     ours, peft = (max(errors[name].largest for errors in results.values()) for name in (OURS, PEFT))
     text = f"{ours:.3f} ulp; PEFT {peft:.3f}"
     return Verdict(text, ours - 0.5005, " ulp", f"{ours:.3f} ulp", f"{peft:.3f} ulp")
 
 
 def gpu(results: Mapping[Cell, Any]) -> Verdict:
-    """Judge the overhead of one linear operation on a GPU."""
+    """Judge the overhead of an adapter on one linear layer on a GPU."""
     frozen = results[Cell(FROZEN)][0]
     ours, peft = (ratio(results[Cell(name, 16, 0.0)][0], frozen).median for name in (OURS, PEFT))
     return Verdict(f"{ours:.2f}; PEFT {peft:.2f}", ours - 1.15)
@@ -455,7 +464,7 @@ def exported(results: Mapping[tuple[str, str, str], export_peers.Row]) -> Verdic
 
 
 def bank_run(results: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict | None:
-    """Judge a decoding step with an adapter for each row, relative to a run for each row."""
+    """Judge a decoding step with a bank (an adapter for each row) relative to a run for each row."""
     steps = {step: samples for (_, step), samples in results.items() if step.startswith("decode")}
     if not steps:
         return None
@@ -472,7 +481,9 @@ def bank_run(results: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict
 
 
 def together(results: Mapping[str, Mapping[str, Sample]], reference: str, most: float) -> Verdict:
-    """Judge a step of several adapters relative to other steps, at the worst length of rows.
+    """Judge a step of several adapters in one batch relative to the steps of ``reference``.
+
+    The figure is that of the worst length of rows.
 
     Args:
         results: Times by length, then by contender.
@@ -490,12 +501,12 @@ def together(results: Mapping[str, Mapping[str, Sample]], reference: str, most: 
 
 
 def together_beside_one(results: Mapping[str, Mapping[str, Sample]]) -> Verdict:
-    """Judge the step of eight adapters relative to a step of one adapter with as many rows."""
+    """Judge a step of eight adapters relative to a step of one adapter with as many rows."""
     return together(results, step_sections.ONE, 1.3)
 
 
 def together_beside_separate(results: Mapping[str, Mapping[str, Sample]]) -> Verdict:
-    """Judge the step of eight adapters relative to eight steps of one row."""
+    """Judge a step of eight adapters relative to eight steps with one adapter and one row each."""
     # A step of one adapter with as many rows is the lower bound of a step that trains several.
     least = [
         ratio(samples[step_sections.ONE], samples[step_sections.SEPARATE])
@@ -507,7 +518,10 @@ def together_beside_separate(results: Mapping[str, Mapping[str, Sample]]) -> Ver
 
 
 def merged_run(results: _LATENCIES) -> Verdict:
-    """Judge if a merged file runs as fast as the base. The base under a second name shows the noise."""
+    """Judge if a merged ONNX file runs as fast as the file of the base.
+
+    The base under a second name shows the noise.
+    """
     excesses = {}
     for latency in results.values():
         for samples in latency.runs.values():
@@ -519,7 +533,10 @@ def merged_run(results: _LATENCIES) -> Verdict:
 
 
 def swappable_run(results: _LATENCIES) -> Verdict:
-    """Judge the cost of a file that takes its adapter relative to a merged one, beyond its FLOPs."""
+    """Judge the time of an ONNX file that takes its adapter as inputs, relative to a merged file.
+
+    The FLOPs of the adapter are allowed for.
+    """
     excesses = {}
     for latency in results.values():
         for samples in latency.runs.values():
@@ -532,7 +549,9 @@ def swappable_run(results: _LATENCIES) -> Verdict:
 
 
 def beside_peer(results: generation.Runs, steps: str, most: float) -> Verdict | None:
-    """Judge a run relative to the fastest file of other exporters. The same file twice shows the noise.
+    """Judge a run of a merged file relative to the fastest file of other exporters.
+
+    The same file twice shows the noise.
 
     Args:
         results: Results of the section.
@@ -553,7 +572,7 @@ def beside_peer(results: generation.Runs, steps: str, most: float) -> Verdict | 
 
 
 def swapped_step(results: generation.Runs, most: float) -> Verdict | None:
-    """Judge a decoding step with an adapter relative to the same file without one."""
+    """Judge a decoding step of a file with an adapter relative to the same file without an adapter."""
     excesses, figures = [], []
     for (model, step), samples in results.samples.items():
         if step.startswith("decode"):
@@ -564,9 +583,10 @@ def swapped_step(results: generation.Runs, most: float) -> Verdict | None:
 
 
 def generated(results: generation.Generated, adapted: float, most: float) -> Verdict | None:
-    """Judge the time of a token relative to the peer.
+    """Judge the time of a generated token relative to onnxruntime-genai.
 
-    The peer runs in two processes. The ratio of their times is the noise, which a miss has to exceed.
+    onnxruntime-genai runs in two processes. The ratio of their times is the noise, which a miss has to
+    exceed.
     """
     if generation.PEER not in results.samples:
         return None
@@ -578,6 +598,6 @@ def generated(results: generation.Generated, adapted: float, most: float) -> Ver
 
 
 def switching(results: _LATENCIES) -> Verdict:
-    """Judge the time of a switch of adapters."""
+    """Judge the time that a switch to another adapter adds to a run."""
     worst = 1e3 * max(map(onnx_latency.switch_time, results.values()))
     return Verdict(f"{worst:.3f} ms at most", worst - 1, " ms", f"{worst:.3f} ms")

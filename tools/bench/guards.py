@@ -39,7 +39,7 @@ _SECONDS = 40.0
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """The guards of one model.
+    """Times of one model's guards and of its forward.
 
     Attributes:
         title: Name in the table.
@@ -57,13 +57,13 @@ class Case:
 
     @property
     def portion(self) -> Ratio:
-        """Return the guards' part of the forward."""
+        """Return the share of the forward's time that the guards take."""
         return ratio(self.guards, self.forward)
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardTimes:
-    """The times of guards, and of the steps that they are a part of.
+    """Times of guards, and of the steps that guards and the watch are a part of.
 
     Attributes:
         cases: Results of the guards.
@@ -75,7 +75,7 @@ class GuardTimes:
 
 
 def _run(run: Run) -> GuardTimes:
-    """Measure the guards of two models with a graph for each region and of one with one graph, then steps."""
+    """Measure the guards of three models, then the steps of one model with and without the watch."""
     wide, pictures = small_llama(run.size), resnet(run.size)
     built = (
         ("Llama", wide, OURS, Settings()),
@@ -131,10 +131,10 @@ def _guards(title: str, workload: Workload, way: str, settings: Settings, run: R
 def called_graphs(
     forward: Callable[[], Any],
 ) -> Iterator[tuple[nn.Module, list[str], dict[str, Any]]]:
-    """Yield the graphs that a call runs, each with the comparisons of its guard.
+    """Yield the graphs that a call of a model runs, each with the comparisons of its guard.
 
     Args:
-        forward: The call.
+        forward: Function that calls the model.
 
     Yields:
         The module, the comparisons as Python code that is true if the graph does not apply, and the
@@ -160,7 +160,7 @@ def called_graphs(
 
 
 def guard_of(tests: list[str], names: dict[str, Any]) -> Callable[[nn.Module], bool]:
-    """Return a function that makes only the comparisons of a guard.
+    """Return a function that makes only the comparisons of a guard, to time them alone.
 
     Args:
         tests: The comparisons.

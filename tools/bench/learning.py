@@ -62,16 +62,16 @@ class Learned:
     judged: int
 
     def mean(self, name: str) -> float:
-        """Return the mean accuracy over the seeds."""
+        """Return a contender's accuracy, averaged over the seeds."""
         return statistics.fmean(self.accuracy[name])
 
     def lost(self, name: str) -> float:
-        """Return the percentage points that are lost relative to fp32."""
+        """Return by how many percentage points a contender's accuracy is below that of adapters over fp32."""
         return 100 * (self.mean(DENSE) - self.mean(name))
 
 
 def _run(run: Run) -> dict[str, Learned]:
-    """Return the result on the CPU, or nothing without bitsandbytes.
+    """Measure the accuracies on the CPU. Return no result without bitsandbytes.
 
     Repeats are seeds of the factors, the order and the dropout; two at most.
     """
@@ -168,7 +168,7 @@ _SUCCESSORS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Losses of trainings that compute their steps in different ways, with several seeds.
+    """Losses of trainings that compute a LoRA step in different ways, with several seeds.
 
     Attributes:
         losses: Losses of each step by contender, [seeds, steps].
@@ -182,7 +182,7 @@ class Curves:
         return losses[:, -math.ceil(losses.shape[1] / 10) :].mean(1)
 
     def spread(self, name: str) -> float:
-        """Return the standard deviation of the final loss between seeds."""
+        """Return the standard deviation of a contender's final loss between seeds."""
         return float(self.last(name).std())
 
     def between_seeds(self, name: str) -> float:
@@ -200,7 +200,10 @@ class Curves:
 
 
 def _trained(run: Run) -> dict[str, Curves]:
-    """Return the curves by probability of dropout. Repeats are seeds, five at most."""
+    """Train with each contender, and return the curves of losses by dropout probability.
+
+    Repeats are seeds, five at most.
+    """
     curves = {}
     for dropout, part in run.each((0.0, 0.05), lambda probability: f"p = {probability:g}"):
         curves[f"{dropout:g}"] = _curves(dropout, part)
@@ -239,7 +242,10 @@ def _sentences(words: int, length: int, steps: int, seed: int) -> Tensor:
 
 
 def _restart(model: nn.Module, seed: int) -> None:
-    """Set the factors' initial values: A as PEFT draws it, B zeros. Both libraries use the same names."""
+    """Set the initial values of a model's factors: A as PEFT draws it, B zeros.
+
+    The names of factors are the same in both libraries.
+    """
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, factor in model.named_parameters():

@@ -113,7 +113,9 @@ def allocator_peak(
 
 @functools.cache
 def computes_bf16(device: torch.device) -> bool:
-    """Return True if products in bf16 are worth measuring: at most a fifth slower than those in fp32.
+    """Return True if a device computes bf16 products at most a fifth slower than fp32 ones.
+
+    Only then is bf16 worth measuring.
 
     A processor without instructions for them is some ten times slower.
     """
@@ -141,7 +143,7 @@ def _product_time(dtype: torch.dtype) -> float:
 
 
 class Size(enum.StrEnum):
-    """Amount that a section measures: all of it, a part that takes seconds, or as little as a test needs.
+    """Amount of work in a section: all of it, a part that takes seconds, or as little as a test needs.
 
     Smaller sizes have other shapes than the page, so their figures only show that the tool works.
     """
@@ -192,7 +194,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Ratio of one contender's time to another's: median and quartiles over the turns."""
+    """Ratio of a contender's time to that of another one: median and quartiles over the turns."""
 
     median: float
     low: float
@@ -203,7 +205,9 @@ class Ratio:
 
 
 def ratio(sample: Sample, base: Sample) -> Ratio:
-    """Return the ratio of times within each turn, because a slow minute of the machine slows both.
+    """Return the ratio of two contenders' times, taken within each turn.
+
+    A slow minute of the machine slows both contenders of a turn.
 
     Args:
         sample: The contender.
@@ -229,7 +233,7 @@ def interleaved(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Sample]:
-    """Time contenders in turn.
+    """Time contenders in turn, so that a slow minute of the machine affects all of them.
 
     Args:
         contenders: The contenders.
@@ -263,7 +267,9 @@ def interleaved(
 
 
 def portion(progress: Progress | None, index: int, count: int, title: str = "") -> Progress | None:
-    """Return the progress of one of several equally long pieces of work, as part of the whole.
+    """Return a progress callback for one of several equally long pieces of work.
+
+    It reports to the callback of the whole.
 
     Args:
         progress: Callback of the whole.
@@ -338,7 +344,7 @@ def _timed(
 
 
 def _nothing() -> None:
-    """Do nothing; a CPU has no work to wait for."""
+    """Do nothing, as the synchronizer of a CPU, which has no work to wait for."""
 
 
 def _processor() -> str:
@@ -409,13 +415,13 @@ class Run:
             self.progress(done, total, contender)
 
     def part(self, index: int, count: int, title: str = "") -> Run:
-        """Return the run of one of several pieces of work; see :func:`portion`."""
+        """Return settings for one of several pieces of work, with its part of the progress bar."""
         return dataclasses.replace(self, progress=portion(self.progress, index, count, title))
 
     def each(
         self, items: Collection[Item], title: Callable[[Item], str] = lambda _: ""
     ) -> Iterator[tuple[Item, Run]]:
-        """Yield equally long pieces of work, each with the run that measures it."""
+        """Yield each item with settings to measure it, for items that take equally long."""
         for index, item in enumerate(items):
             yield item, self.part(index, len(items), title(item))
 

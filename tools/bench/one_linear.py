@@ -53,7 +53,10 @@ class Shape(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A contender: its name, r and p. The last two are 0 for the frozen layer."""
+    """Key of a contender's result: its name, its rank and its dropout probability.
+
+    The last two are 0 for the frozen layer.
+    """
 
     name: str
     rank: int = 0
@@ -64,7 +67,7 @@ Results = dict[Shape, dict[Cell, tuple[Sample, int | None]]]
 
 
 def _run(run: Run) -> Results:
-    """Measure times and, on CUDA, kernel launches, by shape and contender."""
+    """Measure times of a linear layer and, on CUDA, kernel launches, by shape and contender."""
     cases = [
         (placement, d, tokens)
         for placement in placements(half=run.size is Size.FULL)
@@ -80,7 +83,7 @@ def _run(run: Run) -> Results:
 
 
 def _rows(results: Results) -> Iterator[list[str]]:
-    """Yield a row for each shape, rank and dropout, with O and η of every contender."""
+    """Yield a row of the table for each shape, rank and dropout: O and η of every contender."""
     for shape, cells in results.items():
         frozen = cells[Cell(contenders.FROZEN)][0]
         again = ratio(cells[Cell(contenders.AGAIN)][0], frozen)
@@ -94,7 +97,7 @@ def _rows(results: Results) -> Iterator[list[str]]:
 
 
 def _charts(results: Results) -> dict[str, Chart]:
-    """Return a chart of O at r = 16 for each device and dtype."""
+    """Return a chart of the overheads O at rank 16, for each device and dtype."""
     charts: dict[str, Chart] = {}
     for where in dict.fromkeys(shape.where for shape in results):
         groups = [
@@ -171,7 +174,7 @@ def _operation(placement: Placement, d: int, tokens: int) -> tuple[nn.Module, Te
 
 
 def _calls(d: int, tokens: int) -> int:
-    """Return the number of steps of one timed run."""
+    """Return the number of steps in one timed run of a layer of this size."""
     return max(1, round(_SMALLEST_RUN / (4 * tokens * d * d))) if d >= 512 else 2
 
 
@@ -222,7 +225,10 @@ def _without_kernels() -> Iterator[None]:
 
 
 def _run_kernels(run: Run) -> Kernels:
-    """Measure times and saved bytes on CUDA, by shape and rank, then by contender; nothing without CUDA."""
+    """Measure times and saved bytes with and without lora-fx's kernels, by shape and rank, then by contender.
+
+    Return no result without CUDA.
+    """
     cases = [
         (placement, *sizes)
         for placement in placements(half=True)
@@ -275,7 +281,7 @@ def _with_and_without(
 
 
 def _kernel_rows(results: Kernels) -> Iterator[list[str]]:
-    """Yield O and saved MiB of every contender."""
+    """Yield rows of the table with the overhead O and the saved MiB of every contender."""
     for (shape, rank), contender_results in results.items():
         frozen = contender_results[contenders.FROZEN][0]
         row = [shape.where, str(shape.d), str(shape.tokens), str(rank)]

@@ -58,7 +58,7 @@ _SECONDS = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """Times of one model on one provider.
+    """Times of one model's files on one execution provider of ONNX Runtime.
 
     Attributes:
         floor: F, the ratio of a run with an adapter to one without, by FLOPs alone.
@@ -72,7 +72,7 @@ class Latency:
 
 
 def _run(run: Run) -> dict[tuple[str, str], Latency]:
-    """Return results by model and provider."""
+    """Measure the files of each model on each execution provider, and return results by both names."""
     latencies: dict[tuple[str, str], Latency] = {}
     for model, part in run.each(served(run.size), lambda served_model: served_model.title):
         with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def _run(run: Run) -> dict[tuple[str, str], Latency]:
 
 
 def switch_time(latency: Latency) -> float:
-    """Return the median seconds that a run takes longer after a run with another adapter."""
+    """Return the median seconds that a run takes longer if the run before used another adapter."""
     same, turns = (latency.switching[name].times for name in (_SAME, _TURNS))
     return statistics.median(mine - theirs for mine, theirs in zip(turns, same, strict=True))
 
@@ -167,13 +167,13 @@ def _one_thread() -> Any:
 
 
 def _warmed(work: Callable[[Any], Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the inputs after a run of the session, which warms it up."""
+    """Run a session once to warm it up, and return the inputs of the run."""
     work(inputs)
     return inputs
 
 
 def _placed(inputs: dict[str, Tensor], provider: _Provider) -> dict[str, Tensor]:
-    """Move inputs to the GPU on CUDA. Otherwise the copies would be timed."""
+    """Move inputs to the GPU for the CUDA provider, so that the copies are not timed."""
     on_gpu = provider == "cuda" and torch.cuda.is_available()
     return {name: value.cuda() if on_gpu else value for name, value in inputs.items()}
 
@@ -228,7 +228,7 @@ _BANK_SECONDS = 60.0
 
 
 def _run_bank(run: Run) -> dict[tuple[str, str], dict[str, Sample]]:
-    """Return times by model and step."""
+    """Measure steps with a bank of adapters, and return the times by model and step."""
     tiny = run.size is Size.TINY
     [model] = [Served("Llama 1 × 16", *_TINY)] if tiny else served(run.size)[1:]
     steps = _TINY_STEPS if tiny else _STEPS
@@ -262,7 +262,10 @@ _TINY = (
 
 
 def _sessions(model: Served, folder: Path) -> tuple[OnnxSession, OnnxSession, list[str]]:
-    """Return single-threaded sessions of the files with a bank and with inputs, and their adapters' names."""
+    """Export a file with a bank of adapters and a file with adapter inputs, and return their sessions.
+
+    Both run on one thread. Also return the names of the adapters.
+    """
     base = model.make()
     config = LoraConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules=model.layers(base), init_lora_weights=False
@@ -286,7 +289,7 @@ def _sessions(model: Served, folder: Path) -> tuple[OnnxSession, OnnxSession, li
 
 
 def _inputs(model: Served, session: OnnxSession, tokens: int, past: int) -> dict[str, Tensor]:
-    """Return the inputs of one step of all rows, with random keys and values in the cache."""
+    """Return inputs for one step of all rows of a batch, with random keys and values in the cache."""
     draw = torch.Generator().manual_seed(0)
     feeds = {
         "input_ids": model.inputs(ROWS, tokens)["input_ids"],

@@ -122,7 +122,7 @@ def opening(
     missing: Sequence[str],
     facts: Mapping[str, str],
 ) -> list[str]:
-    """Return the parts of the page before its sections: gains, missed goals, met goals, the method.
+    """Return the paragraphs before the sections of the page: gains, missed goals, met goals, the method.
 
     Args:
         rows: All goals.
@@ -157,7 +157,7 @@ def opening(
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a part of the page, or an empty string for a table without rows."""
+    """Return a heading with a table, or an empty string for a table without rows."""
     return "\n".join([f"## {title}", "", *markdown(columns, rows), ""]) if rows else ""
 
 

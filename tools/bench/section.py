@@ -110,14 +110,14 @@ Chart = tuple[str, str, Sequence[Group]]
 
 @functools.cache
 def words() -> Mapping[str, str]:
-    """Return the texts of the page by name: its head and, for each section, the title and the caption."""
+    """Read the texts of the page from ``page.md``: the head, and the title and caption of each section."""
     text = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
     _, *parts = re.split(r"^<!-- (\w+) -->\n", text, flags=re.MULTILINE)
     return {name: part.strip() for name, part in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def no_charts(results: Any) -> dict[str, Chart]:
-    """Return no charts, for a section that has only a table."""
+    """Return no charts: the default for a section that has only a table."""
     return {}
 
 
@@ -141,7 +141,7 @@ class Section:
 
     @property
     def title(self) -> str:
-        """Return the heading."""
+        """Return the heading of the section."""
         return words()[self.name].partition("\n")[0].removeprefix("## ")
 
     @property
@@ -162,9 +162,9 @@ class Section:
         return self.measure(Run(repeats, size, progress))
 
     def rows(self, results: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """Return the table: columns and cells."""
+        """Return the headings and the cells of the section's table, for results of a measurement."""
         return tuple(self.columns), [tuple(row) for row in self.cells(results)]
 
     def charts(self, results: Any) -> dict[str, str]:
-        """Return pictures by file name."""
+        """Return the section's pictures for results of a measurement, as SVG texts by file name."""
         return {file: bars(*chart) for file, chart in self.pictures(results).items()}

@@ -200,7 +200,10 @@ _COMPILED_COLUMNS = {
 
 
 def _of_lora(row: Row) -> tuple[str, str]:
-    """Return time and bytes relative to plain adapters of the same library."""
+    """Return the cells of a DoRA contender: its time and saved bytes relative to LoRA of the same library.
+
+    They are empty for other contenders.
+    """
     if OTHER_KIND not in row.name:
         return "", ""
     plain = row.measured.steps[row.name.replace(OTHER_KIND, PLAIN_KIND)]
@@ -224,7 +227,7 @@ def _largest(row: Row) -> str:
 
 
 def _of_fast(row: Row) -> str:
-    """Return the time of a step of lora-fx relative to its step that keeps each input."""
+    """Return the cell of a lora-fx step: its time relative to the step with ``memory="fast"``."""
     name, _, dropout = row.name.partition(", p = ")
     if name not in (OURS_AGAIN, BALANCED):
         return ""
@@ -266,7 +269,7 @@ def available() -> bool:
 
 
 def quantized_base(model: nn.Module) -> nn.Module:
-    """Return a copy with every linear layer but the head in NF4. Both libraries take it as their base."""
+    """Return a copy of a model with every linear layer but the head in NF4, as the base of both libraries."""
     base: Any = quantize(model, "nf4").train(model.training)
     # PEFT reads this flag, which transformers sets on models that it has quantized.
     base.is_loaded_in_4bit = True
@@ -279,7 +282,7 @@ WEIGHTS = "weights"
 
 
 class Look(NamedTuple):
-    """Additional measurements of a quantized base.
+    """Bytes of weights, measured in addition to the times for a quantized base.
 
     Attributes:
         dense: Bytes of dequantized weights that each contender keeps for its backward.
@@ -327,7 +330,7 @@ def _weights(row: Row) -> str:
 
 
 def _contenders(*names: str) -> Contenders:
-    """Return the frozen model, plain adapters with each dropout, and the other kind of both libraries."""
+    """Return the frozen model, LoRA contenders at each dropout, and DoRA of both libraries."""
     return {**by_dropout(names), **of_kinds((OTHER_KIND,), (0.0,))}
 
 
@@ -352,7 +355,10 @@ Profile = dict[str, float]
 
 
 def _profiles(run: Run) -> dict[str, dict[str, Profile]]:
-    """Return medians over the turns, by device and dtype, then by contender."""
+    """Profile a step of each contender, and return median seconds for each group of operations.
+
+    The keys are device and dtype, then the contender.
+    """
     workload = small_llama(run.size)
 
     def work(placement: Placement, part: Run) -> dict[str, Profile]:
@@ -377,7 +383,7 @@ def _profiles(run: Run) -> dict[str, dict[str, Profile]]:
 
 
 def _profile_cells(results: Mapping[str, Mapping[str, Profile]]) -> Iterator[list[str]]:
-    """Yield rows with the milliseconds of one step."""
+    """Yield rows of the table with the milliseconds of each group of operations in a step."""
     for where, profiles in results.items():
         for name, seconds in profiles.items():
             times = [*(seconds[group] for group in GROUPS), sum(seconds.values())]
@@ -385,11 +391,11 @@ def _profile_cells(results: Mapping[str, Mapping[str, Profile]]) -> Iterator[lis
 
 
 def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
-    """Return the group of an operation.
+    """Return the group of operations to which the profile counts an operation.
 
     Args:
         name: Name in the profiler, ``aten::mm``.
-        shapes: Shapes of its tensors.
+        shapes: Shapes of the tensors that it reads.
         rank: Rank of the adapters.
     """
     plain = name.removeprefix("aten::")
@@ -405,7 +411,10 @@ def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
 
 
 def _is_thin(shape: Sequence[int], rank: int) -> bool:
-    """Return True if a dimension is the rank, or the ranks of up to three layers that share an input."""
+    """Return True if a tensor belongs to a branch, because one of its dimensions is the rank.
+
+    The dimension may also be the ranks of up to three layers that share an input.
+    """
     return any(length in (rank, 2 * rank, 3 * rank) for length in shape)
 
 
@@ -452,7 +461,7 @@ _WIDE, _NARROW, _MASKS, _OTHER = KINDS = (
 
 
 def _kept(run: Run) -> dict[str, Mapping[str, int]]:
-    """Return the saved bytes by contender, then by kind.
+    """Measure the bytes that a step saves, by contender, then by kind of tensor.
 
     Nothing is timed, and a CPU saves the same tensors as a GPU.
     """
@@ -467,7 +476,7 @@ def _kept(run: Run) -> dict[str, Mapping[str, int]]:
 
 
 def _kept_cells(results: Mapping[str, Mapping[str, int]]) -> Iterator[list[str]]:
-    """Yield rows with the MiB of each kind beyond the frozen step.
+    """Yield rows of the table with the saved MiB of each kind of tensor, beyond those of the frozen step.
 
     The frozen step's row shows all of its MiB.
     """
@@ -478,7 +487,7 @@ def _kept_cells(results: Mapping[str, Mapping[str, int]]) -> Iterator[list[str]]
 
 
 def kind_of(tensor: Tensor) -> str:
-    """Return the kind of a saved tensor, at the rank of the benchmark."""
+    """Return the kind of a saved tensor for the table: a mask, narrow as the rank, wide, or other."""
     if not tensor.is_floating_point():
         return _MASKS
     if _is_thin(tensor.shape, Settings().r):
@@ -501,7 +510,7 @@ _SECONDS = 60.0
 
 
 def _measured(run: Run) -> dict[str, dict[str, Sample]]:
-    """Return times by title, which gives the tokens of a row and the dropout."""
+    """Measure steps of several adapters in one batch, by a title with the length of rows and the dropout."""
     cases = {"8 tokens": (8, 0.0), "16 tokens": (16, 0.0), "64 tokens": (64, 0.0)}
     cases["64 tokens, p = 0.05"] = (64, 0.05)
     if run.size is not Size.FULL:

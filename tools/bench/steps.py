@@ -136,8 +136,8 @@ class Steps:
         seconds: Time after which no further turn begins.
         floor: True if F can be counted.
         base: Changes the model before adapters are added.
-        wrap: Wraps the contenders other than the frozen one (``torch.compile``). Only their time is
-            measured, because hooks and modes change the compiled code.
+        wrap: Wraps all contenders but the frozen one (``torch.compile``). Only their time is measured,
+            because hooks and modes change the compiled code.
         look: Takes additional measurements after the times.
         one_thread: True to measure the CPU time of one thread, which other processes do not affect.
     """
@@ -153,7 +153,10 @@ class Steps:
     one_thread: bool = False
 
     def measure(self, run: Run) -> dict[str, Measured]:
-        """Return results by placement, with the model's name before it if there are several models."""
+        """Measure every model at every placement, and return results by placement.
+
+        If there are several models, the name of the model stands before the placement.
+        """
         models = self.workloads(run.size)
         several = len(models) > 1
         results = {}
@@ -217,7 +220,7 @@ def _counted(
 
 @contextlib.contextmanager
 def on_one_thread() -> Iterator[None]:
-    """Run operators on the thread that calls them."""
+    """Run PyTorch's operators on one thread, while the context is open."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -227,7 +230,10 @@ def on_one_thread() -> Iterator[None]:
 
 
 def loss_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    """Return a function that runs the model and returns its loss, with new leaves of the inputs each time."""
+    """Return a function that runs a model and returns its loss.
+
+    Inputs that require a gradient are new leaves in each call, so that gradients do not add up.
+    """
 
     def loss() -> Tensor:
         batch = {
@@ -253,7 +259,7 @@ def mebibytes(value: int | None) -> str:
 
 
 def _efficiency(row: Row) -> str:
-    """Format η, which is F / O, for a table."""
+    """Format the efficiency η = F / O of a contender for a table."""
     if row.name.startswith(FROZEN):
         return ""
     floor, overhead = row.measured.floor, row.measured.overhead(row.name).median

@@ -40,9 +40,9 @@ def _on_meta(**shape: Any) -> nn.Module:
 
 
 def _rewrites(make: Callable[[], nn.Module], targets: str | list[str]) -> Contenders:
-    """Return rewrites of a model by lora-fx and by PEFT.
+    """Return contenders that rewrite a model, by lora-fx and by PEFT.
 
-    PEFT changes its model, so it gets a new one each time.
+    PEFT changes its model, so each run of PEFT gets a new model.
     """
     import peft
 
@@ -109,7 +109,7 @@ _SOME = {Size.FULL: tuple(_SHAPES), Size.QUICK: ("125M", "7B"), Size.TINY: ("125
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Results of rewriting one shape.
+    """Times of rewriting a model of one shape.
 
     Attributes:
         nodes: Nodes of all graphs of the rewritten model, counting each module's graph.
@@ -161,7 +161,7 @@ BOUND = "addmm_ in the weight's dtype"
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """Results of merges by one contender in one dtype.
+    """Time and memory of merges by one contender in one dtype.
 
     Attributes:
         sample: Times.
@@ -232,7 +232,7 @@ def _merge_contenders(placement: Placement, layers: int, width: int) -> Contende
 
 
 def _factors(adapted: nn.Module, names: list[str]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return a copy of each weight, with B and A in its dtype."""
+    """Return for each layer a copy of its weight, and B and A in the weight's dtype."""
     factors = []
     for name in names:
         layer: Any = adapted.get_submodule(f"base_model.model.{name}")
@@ -263,7 +263,10 @@ class MergeError:
 
 
 def _errors(run: Run) -> dict[str, dict[str, MergeError]]:
-    """Return errors by dtype, then by contender. Nothing is timed, so one run suffices."""
+    """Measure the rounding errors of merges, by dtype, then by contender.
+
+    Nothing is timed, so one run suffices.
+    """
     results = {}
     for done, dtype in enumerate((torch.bfloat16, torch.float16)):
         run.tell(done, 2, str(dtype))

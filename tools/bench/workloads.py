@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A model and a batch.
+    """A model and a batch to train it on.
 
     Attributes:
         title: Name in the tables.
@@ -47,11 +47,14 @@ class Workload:
 
     @property
     def short(self) -> str:
-        """Return the title without the size of the batch."""
+        """Return the title of the workload without the size of the batch."""
         return self.title.partition(",")[0]
 
     def on(self, placement: Placement) -> dict[str, Tensor]:
-        """Return the batch at a placement, as leaf tensors. Floating-point tensors get its dtype."""
+        """Return the batch on a placement's device, as leaf tensors.
+
+        Floating-point tensors get the dtype of the placement.
+        """
         batch = {}
         for name, value in self.inputs.items():
             dtype = placement.dtype if value.is_floating_point() else value.dtype
@@ -76,7 +79,7 @@ def llama_shape(
 
 
 def llama(title: str, shape: Mapping[str, Any], tokens: int) -> Workload:
-    """Return a Llama with one sequence and the loss of the next token."""
+    """Return a workload of a Llama with one sequence, trained to predict the next token."""
     return _of_tokens(title, "LlamaForCausalLM", shape, tokens)
 
 
@@ -90,7 +93,7 @@ _TINY_ENCODER = {
 
 
 def small_llama(size: Size) -> Workload:
-    """Return the Llama of most sections."""
+    """Return the small Llama on which most sections are measured."""
     if size is Size.TINY:
         return llama(*_TINY_LLAMA)
     return llama("Llama 4 × 512", llama_shape(512, 1376, 4, 8), 512)
@@ -196,7 +199,7 @@ MODELS = (llama_block, *STANDARD, wide_llama)
 def _standard(
     title: str, model: str, size: Size, tiny: Mapping[str, Any], vocabulary: int
 ) -> Workload:
-    """Return a model in the default shape of its configuration."""
+    """Return a language model in the default shape of its configuration, or in a tiny shape for tests."""
     if size is Size.TINY:
         return _of_tokens(f"{title}, 8 tokens", model, tiny, 8)
     return _of_tokens(f"{title}, 128 tokens", model, {}, 128, vocabulary)
@@ -242,7 +245,7 @@ _BATCH, _TOKENS = 2, 16
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """A model of transformers with random weights.
+    """A model of transformers with random weights, which is exported and run.
 
     Attributes:
         title: Name in the tables.

@@ -277,7 +277,7 @@ def combine(
 def _tell(
     report: ExtractionReport, out: Path, *, picture: Path | None, every: bool, as_json: bool
 ) -> None:
-    """Print and draw a report."""
+    """Print the report about a written adapter, and draw it if ``picture`` is given."""
     if picture is not None:
         from lora_fx.tools.draw import visualize
 

@@ -45,7 +45,7 @@ COMMANDS = (
 
 
 class Commands(TyperGroup):
-    """Group of commands that takes ``--debug`` anywhere and prints an error of lora_fx as one message."""
+    """Group of all commands, which takes ``--debug`` anywhere and prints errors of lora_fx as one message."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Move ``--debug`` to where typer expects it."""
@@ -54,7 +54,7 @@ class Commands(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
+        """Run the chosen command, and turn its errors into messages and exit codes."""
         try:
             return super().invoke(ctx)
         except LoraFxError as error:

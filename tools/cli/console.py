@@ -80,7 +80,7 @@ def table(
 
 
 def facts(rows: Iterable[tuple[str, RenderableType]], style: str) -> Table:
-    """Return a grid with a row for each label and value. The labels have a style."""
+    """Return a table without borders: a label and a value in each row. The labels have a style."""
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     grid.add_column(style=style, no_wrap=True)
     grid.add_column(overflow="fold")
@@ -128,7 +128,7 @@ def progress(title: str, console: Console | None = None) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def steps(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar for a known number of stages. Call the yielded function when a stage begins."""
+    """Show a progress bar for a known number of stages. Call the yielded function when a stage begins."""
     done = 0
     with progress(title) as advance:
 

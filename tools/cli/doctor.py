@@ -46,7 +46,7 @@ _BASE = ("torch", "networkx", "numpy", "safetensors")
 
 
 def examine(file: Path | None = None) -> list[Finding]:
-    """Examine the installation, or an ONNX file. Change nothing and use no network."""
+    """Check the installation, or an ONNX file, for problems. Change nothing and use no network."""
     if file is not None:
         return examine_file(file)
     return [*_python(), *_torch(), *_runtime(), *_formats(), *_extras()]
@@ -137,7 +137,7 @@ def _libraries(runtime: Any) -> Iterator[Finding]:
 
 
 def _formats() -> Iterator[Finding]:
-    """Yield the formats of quantized weights."""
+    """Yield a finding for each format of quantized weights: whether its library is installed."""
     for known in formats():
         if known.title:
             version = _version(known.library)

@@ -133,7 +133,7 @@ def plan(
 
 @dataclasses.dataclass(frozen=True)
 class _Needs:
-    """The needs of a training step of a plan, on the GPUs that the options name.
+    """Memory and traffic of a training step, on the GPUs that the options name.
 
     Attributes:
         need: The memory and traffic of each GPU; None if the options ask for no plan of a step.
@@ -156,7 +156,7 @@ class _Needs:
         training: o.Training,
         quantize: str | None,
     ) -> _Needs:
-        """Compute the needs of a training step. By default, the example inputs are those of the model."""
+        """Compute the needs of a training step. Without ``inputs``, take the model's example inputs."""
         from lora_fx.tools.cluster import takes_text
 
         inputs = loaded.example_inputs if inputs is None else inputs
@@ -190,7 +190,7 @@ class _Needs:
 
 
 def _say_why(planned: Plan, name: str, as_json: bool) -> int:
-    """Print if operations are adapted, and why. Return the exit code: 1 if none is adapted."""
+    """Print if the operations of a name are adapted, and why. Return the exit code: 1 if none is adapted."""
     reasons = planned.why(name)
     _answer(("operation", "what becomes of it"), reasons.items(), as_json)
     return int(not any(text.startswith(_TRAINED) for text in reasons.values()))
@@ -290,7 +290,7 @@ def rewrite(
 
 
 def _answer(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], as_json: bool) -> None:
-    """Print rows as a table, with rows that differ only in numbers folded, or as JSON."""
+    """Print rows as JSON, or as a table in which rows that differ only in numbers share a line."""
     from lora_fx.ir import folded
 
     rows = list(rows)
@@ -307,7 +307,7 @@ def _answer(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], as_json: 
 
 @dataclasses.dataclass
 class _Printer:
-    """Store of the graphs after some passes, to print them when the progress bar is gone."""
+    """Store of the graphs after certain passes. They are printed when the progress bar is gone."""
 
     passes: list[str]
     region: str | None
@@ -374,7 +374,7 @@ _REGION = ("region", "class", "nodes", "branches")
 
 
 def _regions(model: nn.Module, graphs: dict[str, fx.Graph]) -> list[tuple[str, str, int, int]]:
-    """Return each region with its class, nodes and branches.
+    """Return a row for each region: its name, its class, and the numbers of nodes and branches.
 
     A fused node has a branch per weight and adapter.
     """
@@ -552,7 +552,7 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
 
 
 def _file(path: str, provider: str) -> Any:
-    """Return a session of an ONNX file if another provider is requested, or else the path."""
+    """Return the path of an ONNX file, or an open session if a provider other than the CPU is requested."""
     from lora_fx.export.providers import chosen_provider
 
     if chosen_provider(provider) == "cpu":
@@ -577,7 +577,7 @@ def _drawn(
     as_plan: bool,
     compare: bool,
 ) -> tuple[Any, Any]:
-    """Return the object or objects that ``visualize`` draws, and example inputs if they are known."""
+    """Return the objects that the command ``visualize`` draws, and example inputs if they are known."""
     from lora_fx.adapters import set_adapter
     from lora_fx.api import capture
     from lora_fx.api import plan as make_plan

@@ -219,7 +219,7 @@ def run(
 
 
 def _session(file: Path, provider: str, adapters: list[str] | None) -> tuple[Any, Any]:
-    """Load a file, and return the session and the names of the chosen adapters in it."""
+    """Load an ONNX file and adapters. Return the session, and the names of the adapters in it."""
     from lora_fx.export.session import OnnxSession
 
     wanted: Any = provider
@@ -231,7 +231,7 @@ def _session(file: Path, provider: str, adapters: list[str] | None) -> tuple[Any
 def _timed(
     session: Any, feeds: Mapping[str, Any], adapter: Any, repeat: int
 ) -> tuple[dict[str, Any], list[float]]:
-    """Run a file several times. Return the outputs, and the seconds of each run."""
+    """Run a session several times. Return the outputs, and the seconds of each run."""
     seconds = []
     with console.progress("running") as advance:
         # The first run allocates memory and chooses kernels.
@@ -312,7 +312,10 @@ def _read(file: str) -> Any:
 
 
 def _drawn(port: Any, sizes: dict[str, int], random: np.random.Generator) -> Any:
-    """Return random values for an input: 0 and 1 for integers (valid as ids), and ones for a mask."""
+    """Return values for an input of an ONNX file that the user has not given.
+
+    Numbers are random, integers are 0 or 1 (valid as ids), and a mask has ones.
+    """
     for index, axis in enumerate(port.shape):
         if isinstance(axis, str):
             # An axis has the same size in all inputs.
@@ -340,7 +343,7 @@ _MEASURES: dict[str, Callable[[Any], Any]] = {"min": np.min, "mean": np.mean, "m
 
 
 def _figures(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return dtype, shape and a few figures of arrays. Arrays that are not finite have no figures."""
+    """Return dtype, shape and a few figures of each output. Outputs that are not finite have no figures."""
     entries = {}
     for name, value in values.items():
         numbers = np.asarray(value.float() if hasattr(value, "float") else value)
@@ -470,7 +473,7 @@ def _numbers(entry: str) -> list[int]:
 
 
 def _padded(prompts: list[list[int]]) -> dict[str, Any]:
-    """Return prompts of unequal length as a batch: ids and mask, padded on the left."""
+    """Return token ids and a mask for prompts of unequal length, padded on the left."""
     if not prompts:
         return {}
     length = max(map(len, prompts))

@@ -149,7 +149,7 @@ def _option(
 
 
 def _helps(owner: Any) -> dict[str, str]:
-    """Return the description of each parameter or attribute in a docstring."""
+    """Parse the help of each option from a docstring's ``Args`` or ``Attributes``."""
     text = inspect.getdoc(owner) or ""
     entries: dict[str, list[str]] = {}
     current: list[str] = []
@@ -243,7 +243,7 @@ class Capturing(Options):
 
     @property
     def by_default(self) -> bool:
-        """Return True if both options have their defaults."""
+        """Return True if neither option of the capture was set."""
         return self.frontend == "auto" and self.inputs is None
 
     def load(self, name: str) -> LoadedModel:
@@ -251,7 +251,7 @@ class Capturing(Options):
         return load(name, weights=self.inputs is not None)
 
     def of(self, loaded: LoadedModel) -> dict[str, Any]:
-        """Return the keyword arguments of the capture for the library's functions.
+        """Return the capture's keyword arguments for :func:`lora_fx.rewrite` and similar functions.
 
         The inputs that are known for a model are used only if the frontend needs inputs. The inputs of
         ``--inputs`` are always used, and the result is compared with the model on them.
@@ -446,7 +446,7 @@ class Training(Options):
         text: bool,
         quantize: str | None = None,
     ) -> tuple[Need | None, list[Row]]:
-        """Return the needs of a GPU of the mesh, or None if the options ask for no plan of a step.
+        """Plan a training step. Return the needs of a GPU, or None if the options do not ask for this.
 
         With ``--timeline``, the page is written, and the largest tensors at the peak are returned, too.
         ``text`` is True if samples consist of tokens.
@@ -528,7 +528,10 @@ class Sizing(Options):
         return None if self.out is None else file_to_write(self.out, (".json",), force=False)
 
     def of(self, inputs: Any) -> dict[str, Any]:
-        """Return the keyword arguments of the plan. ``inputs`` is a batch with labels."""
+        """Return the keyword arguments of :func:`lora_fx.plan` for these options.
+
+        ``inputs`` is a batch with labels, on which a budget needs gradients.
+        """
         budget = self.budget
         if budget is None:
             return {"tokens": self.tokens}
@@ -641,10 +644,10 @@ def check_names(
     provider: str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Raise if the name of a model, an adapter, a provider or a dtype is wrong. Nothing is loaded.
+    """Check the names of a model, of adapters, of a provider and of a dtype before anything is loaded.
 
     Raises:
-        ConfigError: The message has the name and the remedy.
+        ConfigError: If a name is wrong. The message has the name and the remedy.
         ProviderError: If the provider is unknown.
     """
     from lora_fx.export.providers import chosen_provider
@@ -660,7 +663,7 @@ def check_names(
 
 
 def check_file(path: Path) -> None:
-    """Raise if there is no such file to run.
+    """Raise if the ONNX file that a command runs does not exist.
 
     Raises:
         ConfigError: The message has the path.
@@ -670,14 +673,16 @@ def check_file(path: Path) -> None:
 
 
 def check_choices(function: Callable[..., Any], **chosen: str | None) -> None:
-    """Raise if the type of a parameter does not list the value of its option.
+    """Raise if an option has a value that the library's function does not accept.
+
+    The accepted values are those in the type of the function's parameter.
 
     Args:
         function: The function of the library that the options are for.
         chosen: Values by the name of the parameter.
 
     Raises:
-        TypedError: The message has all the values.
+        TypedError: If a value is not accepted. The message has all the accepted ones.
     """
     hints = get_type_hints(function)
     for name, value in chosen.items():
@@ -706,7 +711,7 @@ def file_to_write(text: str, suffixes: Sequence[str], *, force: bool) -> Path:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """Return the dtype of a name, or None for None.
+    """Return the dtype of a name such as "bf16", or None for None.
 
     Raises:
         ConfigError: If the name is unknown.
@@ -801,7 +806,7 @@ def loaded_adapters(session: Any, sources: Iterable[str] | None) -> str | list[s
 
 
 def _missing(path: Path, known: Sequence[str]) -> str:
-    """Return the error message for an adapter that is neither in a session nor on the disk."""
+    """Return the error message for an adapter that is neither in the ONNX file nor on the disk."""
     exist = [f"{name} (in the file)" for name in known]
     exist += map(str, [*adapters_below(path.parent), *sorted(path.parent.glob("*.onnx_adapter"))])
     if exist:

@@ -264,10 +264,10 @@ def zoo(
 
 
 def _check_clone(command: str) -> None:
-    """Raise if the code of a command is not installed, as when lora-fx was installed from a wheel.
+    """Raise if lora-fx is installed without the code of a command, as from a wheel.
 
     Raises:
-        ConfigError: If it is not. The message says where the command runs.
+        ConfigError: If the code is missing. The message says where the command runs.
     """
     if not is_installed(f"lora_fx.tools.{command}"):
         raise ConfigError(
@@ -277,7 +277,7 @@ def _check_clone(command: str) -> None:
 
 
 def _write(store: Path, rows: Sequence[Row]) -> None:
-    """Write one row per line, so that a diff of two files shows which models changed."""
+    """Write rows of the zoo to a JSON file, one per line, so that a diff shows which models changed."""
     lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
     store.parent.mkdir(parents=True, exist_ok=True)
     with replacing(store) as new:

@@ -97,7 +97,7 @@ def _totals(plan: Plan) -> Text:
 
 
 def _indented(line: Text) -> Padding:
-    """Indent a line, including its wrapped parts, under a title."""
+    """Indent a line under a title, including the parts that wrap."""
     return Padding(line, (0, 0, 0, 2), expand=False)
 
 
@@ -190,7 +190,7 @@ def dict_of_fit(fit: Fit) -> dict[str, Any]:
 
 
 def _peak(rows: Sequence[Row], unit: str, of: float) -> Iterator[RenderableType]:
-    """Yield a table of the largest tensors at the peak, if they were recorded."""
+    """Yield a table of the largest tensors at the peak of a training step, if they were recorded."""
     if not rows:
         return
     cells = [
@@ -259,7 +259,10 @@ def render_heat(
 
 
 def _ends(names: Sequence[str]) -> list[str]:
-    """Return each name's shortest suffix that no other name has and that is not only a number."""
+    """Shorten names: return each name's shortest suffix that no other name has.
+
+    A suffix that is only a number is not used.
+    """
     ends = [
         [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
         for parts in (name.split(".") for name in names)
@@ -272,7 +275,7 @@ def _ends(names: Sequence[str]) -> list[str]:
 
 
 def _heat(value: float | None, most: float) -> str:
-    """Return the colors of a cell."""
+    """Return the text and background colors for a cell of the heat map."""
     if value is None or not most or value != value:
         return ""
     share = min(abs(value) / most, 1.0)

@@ -53,7 +53,7 @@ __all__ = [
 
 
 def unseen(count: Count, plan: Plan) -> tuple[str, ...]:
-    """Return the counted weights that the plan does not mention, neither as adapted nor as refused."""
+    """Return the weights that the counter saw and the plan does not mention, neither adapted nor refused."""
     known: set[str] = set()
     for site in [*(row.site for row in plan.sites), *(row.site for row in plan.skipped)]:
         known |= {site.weight, *site.tied_to}
@@ -207,7 +207,7 @@ class _Job:
         row.dtype = str(dtype).removeprefix("torch.")
 
     def judge_regions(self, model: nn.Module, reached: Reached) -> None:
-        """Judge the graphs of the layers, which run if a call does not fit the graph of the whole model."""
+        """Judge the graphs of single layers, which run if a call does not fit the whole model's graph."""
         verdict, _ = judge_sites(self.entry, model, reached, self.config, examples=False)
         self.row.regions_judged = len(verdict.judged) + len(verdict.unreached)
         self.row.regions_passed_by = verdict.passed_by
@@ -235,7 +235,7 @@ class _Job:
         return report.verified
 
     def run_runtime(self) -> None:
-        """Export a file with ONNX Runtime's operators, with a cache for a model that generates text."""
+        """Export the model with ONNX Runtime's operators; with a cache if the model generates text."""
         built = self.stage("runtime build", lambda: self.entry.build(wide=True))
         if built is None:
             return
@@ -250,7 +250,7 @@ class _Job:
         self.stage(stage, lambda: self.export_for_runtime(merged, export_inputs, task))
 
     def drawn(self, model: nn.Module) -> nn.Module:
-        """Return the model with random adapters merged."""
+        """Return a merged model whose adapters have random values."""
         adapted = rewrite(model, self.config).eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
@@ -290,7 +290,7 @@ def _task_of(model: Any, inputs: Inputs) -> GenerationTask | None:
 
 
 def _prompt(inputs: Inputs) -> Inputs:
-    """Return the inputs of a call that an export with a cache needs. The export makes the others."""
+    """Return those inputs of a call that an export with a cache needs. The export makes the others."""
     assert isinstance(inputs, Mapping)
     kept = "decoder_input_ids" in inputs
     return {
@@ -301,7 +301,7 @@ def _prompt(inputs: Inputs) -> Inputs:
 
 
 def _output(model: nn.Module, inputs: Inputs) -> Any:
-    """Call the model once without gradients, with the same seed each time."""
+    """Return the output of a model, without gradients and with the same seed each time."""
     torch.manual_seed(0)
     with torch.no_grad():
         return call(model, inputs)
@@ -323,7 +323,7 @@ def _merge_error_fp64(adapted: nn.Module, inputs: Inputs) -> float:
 
 
 def _where_fp64_runs(measure: Callable[[], float]) -> float | None:
-    """Return the measurement, or None for a model that fails in fp64, because it has hard-coded fp32."""
+    """Return the result of a measurement in fp64, or None if the model has hard-coded fp32 and fails."""
     try:
         return measure()
     except (RuntimeError, TypeError, ValueError):
@@ -363,7 +363,7 @@ _RATES = (5e-3, 5e-4, 5e-5)
 
 @dataclass(frozen=True)
 class Reached:
-    """One call of a model.
+    """Inputs of one call of a model, and the original model's output.
 
     Attributes:
         inputs: Arguments of the call.
@@ -489,7 +489,7 @@ _FAINT = 1e-6  # share of a weight's spread that changes no other gradient
 
 @dataclass
 class Verdict:
-    """The result of the comparison.
+    """The result of the comparison of a rewritten model with the dense oracle.
 
     Attributes:
         judged: Sites whose weight has a gradient in the oracle.
@@ -543,7 +543,7 @@ class Narrowest(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-cal
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Return the allowed relative difference: half of the digits that the dtype has."""
+    """Return the allowed relative difference for a dtype: half of the dtype's digits may differ."""
     return math.sqrt(_eps(dtype))
 
 
@@ -636,7 +636,7 @@ def dense(original: nn.Module, adapted: nn.Module) -> nn.Module:
 
 
 class _Place(NamedTuple):
-    """A site with its A and B."""
+    """A site with the parameters A and B of its adapter."""
 
     row: PlannedSite
     pair: tuple[nn.Parameter, nn.Parameter]
@@ -659,7 +659,10 @@ def _places(adapted: nn.Module) -> Iterator[_Place]:
 
 
 def _chain_rule(oracle: nn.Module, adapted: nn.Module) -> dict[int, torch.Tensor]:
-    """Return the expected gradient of every factor, by its id, from one backward pass through all ΔW."""
+    """Return the gradient that each factor should have, by the factor's id.
+
+    It is computed from the gradients of the oracle's weights, by one backward pass through all ΔW.
+    """
     leaves: dict[int, torch.Tensor] = {}
     changes, gradients = [], []
     for branch in _places(adapted):
@@ -726,7 +729,7 @@ def _eps(dtype: torch.dtype) -> float:
 
 
 def floats(value: Any) -> list[torch.Tensor]:
-    """Return the nonempty floating-point tensors of an output."""
+    """Return the nonempty floating-point tensors in a nested output of a model."""
     return [t for t in tensors(value) if t.is_floating_point() and t.numel()]
 
 
@@ -743,7 +746,7 @@ def difference(actual: Any, expected: Any) -> float:
 
 
 def in_double(value: Any) -> Any:
-    """Return the inputs with every floating-point tensor in fp64."""
+    """Return a nested value with every floating-point tensor in fp64."""
 
     def doubled(leaf: Any) -> Any:
         floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
@@ -753,7 +756,10 @@ def in_double(value: Any) -> Any:
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Return the state that a rewrite must not change: values, modes, gradients, modules and classes."""
+    """Return a text for each part of a model that a rewrite must not change.
+
+    The parts are values, modes, gradients, modules and classes.
+    """
     prints = {
         f"class of {name or 'root'}": type(module).__qualname__
         for name, module in model.named_modules()

@@ -75,7 +75,7 @@ class Entry:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Call a model with its inputs."""
+    """Call a model with keyword arguments if the inputs are a mapping, or else with positional ones."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
@@ -90,7 +90,7 @@ def images(size: int = 32, channels: int = 3) -> torch.Tensor:
 
 
 def wake(model: nn.Module) -> nn.Module:
-    """Replace constant parameters by random values, in place.
+    """Replace constant or tiny parameters by random values of usual size, in place.
 
     Layer scales, the last norm of a residual branch, heads and gates start at zero or near it. An adapter
     whose output is multiplied by zero has no effect. If a rewrite dropped a bias of zeros, or a norm's gain
@@ -126,7 +126,7 @@ def _usual_spread(parameter: nn.Parameter) -> float:
 
 
 def _vary(parameter: nn.Parameter, name: str) -> None:
-    """Draw a constant parameter: matrices and biases around zero, scales around their value."""
+    """Draw values for a constant parameter: matrices and biases around zero, scales around their value."""
     value = float(parameter.flatten()[0])
     if value == 0.0 and "bias" in name:
         parameter.normal_(0.0, _VARIATION / 2)
@@ -413,14 +413,14 @@ class SharedLayers(nn.Module):
 
 
 class Scores(NamedTuple):
-    """Two outputs by name."""
+    """The two outputs of :class:`TwoHeads`, by name."""
 
     classes: Tensor
     value: Tensor
 
 
 class TwoHeads(nn.Module):
-    """Model that returns a NamedTuple."""
+    """Model that returns a NamedTuple of two outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -588,13 +588,16 @@ def _widened(options: Any, times: int, name: str = "") -> Any:
 
 
 def _named(text: str) -> Any:
-    """Import the object that ``module:name`` names."""
+    """Import an object by a text ``module:name``."""
     module, _, name = text.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def _options(row: Any, shared: Mapping[str, Any], library: str) -> Any:
-    """Return the options in Python types, including the shared options that they refer to."""
+    """Turn the options of a model in a library's TOML file into Python values.
+
+    Options that are shared by several models are inserted.
+    """
     if isinstance(row, dict):
         options: dict[str, Any] = {}
         for name in row.get("with", ()):
@@ -656,11 +659,11 @@ _PATCH = 5  # the token of a patch
 
 
 def inputs_of(words: str) -> Inputs:
-    """Return the arguments of one call.
+    """Build the inputs of a model from a short description.
 
     Args:
-        words: A name and its numbers. The name is an entry in ``inputs.toml``, or a kind of inputs or of
-            tensor in this module.
+        words: The description: a name, and sizes after it. The name is an entry in ``inputs.toml``, or a kind
+            of inputs or of tensor in this module.
     """
     name, _, numbers = words.partition(" ")
     if name in _ASSEMBLED_INPUTS:
@@ -696,7 +699,7 @@ _TENSORS: Mapping[str, Callable[..., torch.Tensor]] = {
 
 
 def _text() -> dict[str, Any]:
-    """Return tokens, with the second row padded."""
+    """Return token ids and a mask, in which the second row is padded."""
     tokens = ids()
     mask = torch.ones_like(tokens)
     mask[1, 4:] = 0

@@ -70,7 +70,7 @@ class Row:
 
     Attributes:
         name, group, note: Fields of the entry.
-        stage: The stage that began last. If the process was lost, it was lost in this stage.
+        stage: The stage that began last. If the job's process crashed or hung, it did so in this stage.
         model: Class of the model.
         parameters: Number of elements of the model's parameters.
         frontend: The front-end that captured the model. ``frontend_notes`` says why others did not.
@@ -151,7 +151,7 @@ class Row:
 
     @property
     def rewritten(self) -> bool:
-        """Return True if the rewrite worked, changed no output and left its argument unchanged."""
+        """Return True if the rewrite worked, changed no output, and did not change the model passed to it."""
         return self.output_error is not None and self.output_error <= 1e-6 and not self.argument
 
     @property
@@ -204,7 +204,7 @@ class Row:
 
     @property
     def total_seconds(self) -> float:
-        """Return the wall-clock seconds of all stages."""
+        """Return the seconds that all stages of this row took together."""
         return sum(self.seconds.values())
 
     @property
@@ -214,7 +214,7 @@ class Row:
 
 
 def part_of(stage: str) -> str:
-    """Return the part to which a stage belongs."""
+    """Return the part of a job to which a stage belongs: ``adaption``, ``export`` or ``runtime``."""
     if stage in EXPORT:
         return "export"
     return "runtime" if stage.startswith("runtime") else "adaption"
@@ -225,7 +225,7 @@ def _others(stages: Mapping[str, V], parts: Collection[str]) -> dict[str, V]:
 
 
 def scrubbed(text: str) -> str:
-    """Return a text without paths of the machine. The text may be cut within a path."""
+    """Return an error's text without the paths of this machine. The text may end within a path."""
     text = re.sub(r"\s*(?:File )?\"/[^\"\s;]*(?=$|;)", "", text)  # cut before the second quote
     text = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/(?=[\w.])", "", text)
     return re.sub(r"\s*(?<![\w.])/\w[\w.+-]*(?=$|;)", "", text)
@@ -236,7 +236,7 @@ _DRAWS = 1e-4  # beyond rounding
 
 
 def page(rows: Sequence[Row]) -> str:
-    """Return the whole page."""
+    """Return the Markdown text of the whole page."""
     text = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
     head, legend = text.split("\n<!-- the tables -->\n\n")
     versions = [name for name in map(version_of, _PACKAGES) if not name.endswith("not installed")]
@@ -280,7 +280,7 @@ _SUMS = """\
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """Return the sums, one sentence each."""
+    """Return the sums over all rows, one sentence each."""
 
     def total(field: str) -> int:
         values = (getattr(row, field) for row in rows)
@@ -320,7 +320,7 @@ def exceptions(rows: Sequence[Row]) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Return the table of one group."""
+    """Return the lines of the Markdown table for the rows of one group."""
     return markdown([*_COLUMNS], [[cell(row) for cell in _COLUMNS.values()] for row in rows])
 
 
@@ -415,7 +415,7 @@ def _not_by_torch(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _dates(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a line for each part of the rows, with the days on which it was run."""
+    """Yield a line for each part of the jobs, with the first and the last day on which it was run."""
     titles = "all columns but those of exports", "exports", "with the operators of ONNX Runtime"
     for part, label in zip(PARTS, titles, strict=True):
         days = sorted({row.dates[part] for row in rows if part in row.dates})
@@ -446,7 +446,10 @@ def _yes_no(value: bool | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escape an error for a Markdown table, without paths. ``[1](x)`` must not become a link."""
+    """Escape an error for a cell of a Markdown table, and remove paths.
+
+    A text such as ``[1](x)`` must not become a link.
+    """
     return re.sub(r"([\[\]*`|])", r"\\\1", scrubbed(text)).replace("<", "&lt;")
 
 

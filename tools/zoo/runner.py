@@ -161,7 +161,10 @@ def run_jobs(
 
 
 def _context(preload: Iterable[str]) -> Any:
-    """Return a context for processes that inherit no threads and, except on Windows, start quickly."""
+    """Return a multiprocessing context whose processes inherit no threads and start quickly.
+
+    On Windows they start slowly, because there is no fork server.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -171,7 +174,7 @@ def _context(preload: Iterable[str]) -> Any:
 
 @dataclass
 class _Running:
-    """A process and the latest row that it sent."""
+    """A job's process, and the latest row that it sent."""
 
     process: Any
     results: Connection
@@ -189,7 +192,7 @@ class _Running:
         return cls(process, results, Row(entry.name, entry.group, entry.note), time.monotonic())
 
     def poll(self, timeout: float) -> bool:
-        """Read messages and return True if the job has ended, was lost or timed out."""
+        """Read the rows that a job's process has sent. Return True if it ended, crashed or timed out."""
         for message in self.messages():
             self.row = message
             if not self.begun:
