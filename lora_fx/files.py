@@ -214,7 +214,7 @@ def _place(staged: Path, folder: Path, kept: Path) -> None:
     for name in names:
         if (folder / name).exists():
             (kept / name).parent.mkdir(parents=True, exist_ok=True)
-            _keep(folder / name, kept / name)
+            _back_up(folder / name, kept / name)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     staged.replace(waiting)
     placed: list[Path] = []
@@ -237,7 +237,7 @@ def _same(path: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(path, other, shallow=False)
 
 
-def _keep(path: Path, copy: Path) -> None:
+def _back_up(path: Path, copy: Path) -> None:
     """Keep a file as a hard link at ``copy``, or as a copy if the file system has no links."""
     try:
         os.link(path, copy)

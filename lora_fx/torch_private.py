@@ -70,7 +70,6 @@ __all__ = [
     "by_public_names",
     "codegen_of",
     "compiled_module_class",
-    "constant_when_compiled",
     "data_address",
     "disable_dispatch_modes",
     "dispatch_mode",
@@ -274,7 +273,7 @@ COMPILED_CALL: Final = "_compiled_call_impl"
 
 
 def make_constant(function: _T) -> _T:
-    """Mark a function so that Dynamo treats its result as a constant.
+    """Mark a function so that Dynamo does not trace it, but runs it once and uses its result as a constant.
 
     ``torch.compiler.assume_constant_result`` does the same, but loads Dynamo, which takes seconds.
     """
@@ -337,15 +336,6 @@ def running_node_number() -> int | None:
 
 SET_GRAD_ENABLED: Final = torch._C._set_grad_enabled
 """Function that ``torch.no_grad``, ``enable_grad`` and ``set_grad_enabled`` call."""
-
-
-def constant_when_compiled(function: _T) -> _T:
-    """Mark a function so that Dynamo does not trace it, but runs it once and uses its result as a constant.
-
-    ``torch.compiler.assume_constant_result`` does the same, and loads Dynamo at once.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def after_backward(callback: Callable[[], None]) -> None:

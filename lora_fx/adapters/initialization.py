@@ -732,7 +732,7 @@ def _components(model: nn.Module, entry: AdapterRecord, data: Data) -> dict[str,
     search = _Search(rows, entry.config)
     show_inputs(model, require_record(model), rows, search.see)
     with torch.no_grad():
-        for number, batch in _again_and_again(data, search):
+        for number, batch in _repeated_batches(data, search):
             if search.done:
                 break
             steady = sum(search.steady(row.name) for row in rows)
@@ -747,7 +747,7 @@ def _components(model: nn.Module, entry: AdapterRecord, data: Data) -> dict[str,
     return search.result()
 
 
-def _again_and_again(data: Data, search: _Search) -> Iterator[tuple[int, Any]]:
+def _repeated_batches(data: Data, search: _Search) -> Iterator[tuple[int, Any]]:
     """Yield numbered batches, and go through the data several times, up to a limit.
 
     The data is not repeated if it had no batch that is large enough for some site.

@@ -133,7 +133,7 @@ def layout_of(
         elif site.owner and site.parameter == "weight" and site.rows is None:
             # PEFT cannot wrap this kind of module. It gets the names that PEFT's wrapper would have.
             modules.add(site.owner)
-    _move(model, rows, modules, parameters, plain)
+    _move_to_parameters(model, rows, modules, parameters, plain)
     kept = _reachable(model, parameters, record.saved_modules)
     for layer in attention:
         modules |= {layer, join(layer, "out_proj")}
@@ -174,7 +174,7 @@ def _is_matrix(site: Site) -> bool:
     return site.view is None and site.family != "conv" and dims == (3 if site.experts else 2)
 
 
-def _move(
+def _move_to_parameters(
     model: nn.Module,
     rows: Iterable[PlannedSite],
     modules: set[str],

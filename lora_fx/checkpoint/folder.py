@@ -442,7 +442,7 @@ def _load(
     folder = _folder(directory, adapter_name)
     tensors, config, metadata = _read(folder, model, component)
     if fit is not None:
-        tensors, config, metadata = _moved(folder, model, tensors, config, metadata, how, fit)
+        tensors, config, metadata = _migrated(folder, model, tensors, config, metadata, how, fit)
     _check_how(model, how, deploy)
     if not chosen_kind(config).stores:
         return _add_without_values(model, folder, config, adapter_name)
@@ -476,7 +476,7 @@ def _load(
         fill(target, adapter_name, values)
         check_alike(target, record.sites, adapter_name)
         if fit is not None and read is None:
-            _prove(target, adapter_name, folder, before)
+            _check_receipt(target, adapter_name, folder, before)
     except BaseException:
         if target is model and not known:
             delete_adapter(model, adapter_name)
@@ -530,7 +530,7 @@ def _values_in(slots: Iterable[Slot]) -> list[tuple[torch.Tensor, torch.Tensor]]
     return [(slot.tensor, slot.tensor.detach().clone()) for slot in slots]
 
 
-def _moved(
+def _migrated(
     folder: Path,
     model: nn.Module,
     tensors: Mapping[str, torch.Tensor],
@@ -564,7 +564,7 @@ def _entries(folder: Path) -> Mapping[str, Any]:
     return entries
 
 
-def _prove(
+def _check_receipt(
     model: nn.Module,
     adapter_name: str,
     folder: Path,

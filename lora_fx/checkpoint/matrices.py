@@ -156,7 +156,7 @@ class Matrices:
         names = group.shapes(self.parameters)
         key = group.key(self.parameters)
         if key not in self._converted:
-            self._converted[key] = _traced(group, self.parameters, names)
+            self._converted[key] = _trace_conversion(group, self.parameters, names)
         matrices = {}
         for (name, shape), traced in zip(names.items(), self._converted[key], strict=True):
             for expert, parts in traced:
@@ -214,7 +214,7 @@ def _parts(site: Site) -> Iterator[Matrix]:
 # or on the column alone.
 
 
-def _traced(
+def _trace_conversion(
     group: ConvertedGroup,
     shapes: Mapping[str, tuple[int, ...]],
     parts: Mapping[str, tuple[int, ...]],

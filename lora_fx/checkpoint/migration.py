@@ -279,7 +279,11 @@ class _Migrator:
                 self._keep(adapter)
             else:
                 open_items += self._move_by_rules(adapter)
-        open_raw = {name: value for name, value in raw.items() if not self._known_raw(name, value)}
+        open_raw = {
+            name: value
+            for name, value in raw.items()
+            if not self._move_tensor_by_rules(name, value)
+        }
         if open_items or open_raw:
             self._search(open_items, open_raw)
         tensors, config = ({}, self.config) if self.problems else self._written()
@@ -363,9 +367,11 @@ class _Migrator:
         if adapter.weight not in self.state:
             module = self.modules.get(adapter.weight.removesuffix(".weight"))
             return adapter.name != adapter.weight and module is not None and is_attention(module)
-        return self._like(adapter, adapter.weight) and not self._is_swapped(adapter, adapter.weight)
+        return self._fits_parameter(adapter, adapter.weight) and not self._is_swapped(
+            adapter, adapter.weight
+        )
 
-    def _like(self, adapter: _Adapter, parameter: str) -> bool:
+    def _fits_parameter(self, adapter: _Adapter, parameter: str) -> bool:
         """Return True if the shape and the kind of an adapter fit a whole parameter of the model."""
         shape = self.state[parameter]
         if not adapter.has_factors:
@@ -424,11 +430,11 @@ class _Migrator:
         Returns:
             The matrices of the adapter that these rules do not move.
         """
-        if adapter.weight in self.state and self._like(adapter, adapter.weight):
+        if adapter.weight in self.state and self._fits_parameter(adapter, adapter.weight):
             self._move_whole(adapter, adapter.weight, "same name", 1.0)
             return []
         renamed = self.matrices.renamed(adapter.weight)
-        if renamed in self.state and self._like(adapter, renamed):
+        if renamed in self.state and self._fits_parameter(adapter, renamed):
             self._move_whole(adapter, renamed, "transformers", 1.0)
             return []
         items = list(self._items(adapter))
@@ -492,7 +498,7 @@ class _Migrator:
                 False,
             )
 
-    def _known_raw(self, name: str, value: Tensor) -> bool:
+    def _move_tensor_by_rules(self, name: str, value: Tensor) -> bool:
         """Move a tensor that is not a factor, if the model has its name or the name from transformers.
 
         Returns:
@@ -600,7 +606,7 @@ class _Migrator:
         left = []
         for item in items:
             target = pairs.get(item.name)
-            if target is None or not item.whole or not self._like(item.adapter, target):
+            if target is None or not item.whole or not self._fits_parameter(item.adapter, target):
                 left.append(item)
             else:
                 self._move_whole(item.adapter, target, "order of execution", 1.0)
@@ -811,7 +817,7 @@ class _Migrator:
             if bare == new:
                 continue
             for entry in entries:
-                outer = _up_to(bare, entry)
+                outer = _shortest_prefix_ending_in(bare, entry)
                 if outer is not None:
                     tail = bare.removeprefix(outer)
                     owners[entry] = (
@@ -856,7 +862,7 @@ def _full(leaf: str) -> str:
     return f"{leaf}.weight" if leaf in ("lora_A", "lora_B") else leaf
 
 
-def _up_to(name: str, entry: str) -> str | None:
+def _shortest_prefix_ending_in(name: str, entry: str) -> str | None:
     """Return the shortest beginning of a tensor's name, in whole parts, that ends in ``entry``, or None."""
     atoms = name.split(".")
     for stop in range(1, len(atoms)):

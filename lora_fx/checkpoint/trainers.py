@@ -90,7 +90,7 @@ _NAMING = (
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _ModuleInRoot:
     """A module on which a trainer calls ``save_pretrained``: a rewritten model, or a module in one.
 
     Attributes:
@@ -119,11 +119,11 @@ class _Part:
         return name.removeprefix(self.prefix)
 
 
-def _part(module: nn.Module) -> _Part | None:
+def _module_in_root(module: nn.Module) -> _ModuleInRoot | None:
     """Return the place of a module in its rewritten model; None if the module has no adapters."""
     record = record_of(module)
     if record is not None:
-        return _Part(module, record, module, "")
+        return _ModuleInRoot(module, record, module, "")
     if not any(isinstance(child, AdapterModule) for child in module.modules()):
         return None
     root = watch.root_of(module)
@@ -134,7 +134,7 @@ def _part(module: nn.Module) -> _Part | None:
             f"the rewritten model that this {type(module).__name__} is in is not known: call the model once "
             "before it is saved, or save the adapter with lora_fx.save_adapter"
         )
-    return _Part(root, record, module, f"{names[0]}.")
+    return _ModuleInRoot(root, record, module, f"{names[0]}.")
 
 
 def left_out_of_checkpoints(model: nn.Module, record: Record) -> frozenset[str]:
@@ -163,7 +163,7 @@ def ignores_base(before: Any) -> property:
     """Return a property for the class attribute with the names that transformers leaves out when saving."""
 
     def get(self: nn.Module) -> Any:
-        part = _part(self)
+        part = _module_in_root(self)
         if part is None:
             return vars(self).get(_IGNORED, before)
         with without_wrappers(part.root) as root:
@@ -181,7 +181,7 @@ def saves_adapter(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def save_pretrained(self: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        part = _part(self)
+        part = _module_in_root(self)
         if part is None:
             return method(self, save_directory, *args, **kwargs)
         if kwargs.get("state_dict") == {} and any(map(is_partitioned, self.parameters())):
@@ -233,7 +233,7 @@ def _is_base_alone(reference: nn.Module, model: nn.Module) -> bool:
 
 def _save(
     method: Callable[..., Any],
-    part: _Part,
+    part: _ModuleInRoot,
     folder: Path,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -363,7 +363,7 @@ def save_peft_folder(
         CheckpointError: If the folder holds an adapter of another format, or cannot be written.
     """
     with without_wrappers(model) as inner:
-        part = _Part(inner, require_record(inner), inner, "")
+        part = _ModuleInRoot(inner, require_record(inner), inner, "")
         for name in names:
             if name not in part.record.adapters:
                 raise ConfigError(
@@ -377,7 +377,7 @@ def save_peft_folder(
 
 
 def _save_adapters(
-    part: _Part,
+    part: _ModuleInRoot,
     folder: Path,
     origin: str | None,
     names: Collection[str] | None = None,
@@ -397,7 +397,7 @@ def _save_adapters(
         write_folder(target, values, config, notes=notes, force=True)
 
 
-def _inside(part: _Part, config: LoraConfig) -> LoraConfig:
+def _inside(part: _ModuleInRoot, config: LoraConfig) -> LoraConfig:
     """Translate a written configuration, which has full names of sites, to the names in the saved module."""
 
     def names(value: Any) -> Any:
@@ -433,7 +433,7 @@ def _check_gathered(model: nn.Module, state: Mapping[str, Any]) -> None:
             )
 
 
-def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
+def _save_base(part: _ModuleInRoot, folder: Path, staged: Path) -> str | None:
     """Save the base in a subfolder, for a model whose base has no known source.
 
     Returns:
@@ -459,7 +459,7 @@ def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
 
 
 @contextmanager
-def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
+def _values(part: _ModuleInRoot, state: Mapping[str, Any]) -> Iterator[None]:
     """Put the values of a state dict into a sharded model, and restore the shards at the end.
 
     A trainer gathers the values on every process, but saves on only one process, which cannot gather again.

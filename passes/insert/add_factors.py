@@ -183,7 +183,7 @@ _START_B: Final = "lora_B_start"
 def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) -> None:
     """Set the factors of a site to their initial values. Former factors of the adapter are replaced."""
     names = factor_names(row)
-    start = _where_the_weight_is(model, row, start)
+    start = _shard_start(model, row, start)
     fixed = kind_of(row).frozen
     for letter, name, value in (("a", names.a, start.a), ("b", names.b, start.b)):
         _put(model, row.site, name, adapter, value, trained=letter not in fixed)
@@ -204,7 +204,7 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
         owner._parameters[row.site.parameter] = frozen
 
 
-def _where_the_weight_is(model: nn.Module, row: PlannedSite, start: Start) -> Start:
+def _shard_start(model: nn.Module, row: PlannedSite, start: Start) -> Start:
     """Shard the initial values of a site, if its weight is sharded."""
     weight = weight_at(model, row.site.weight)
     if not is_sharded(weight):

@@ -244,7 +244,7 @@ class _RowEditor:
         own = self._axes[node]
 
         def cut(read: fx.Node) -> fx.Node:
-            if self._stays(read):
+            if self._is_read_whole(read):
                 return read
             if read.target is output_padding:
                 return read  # the same for all samples
@@ -281,7 +281,7 @@ class _RowEditor:
             new = self._call(("put", node), node.next, tag, put_rows, total, node, axes=axes)
             node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
-    def _stays(self, read: fx.Node) -> bool:
+    def _is_read_whole(self, read: fx.Node) -> bool:
         """Return True if a branch reads a value whole, and not only the rows of its adapter.
 
         Such values are computed in the branch itself, or are the same for all samples.
@@ -297,7 +297,7 @@ class _RowEditor:
         ends = node.args[2] if node.target is experts.grouped_linear else None
 
         def cut(read: fx.Node) -> fx.Node:
-            if self._stays(read):
+            if self._is_read_whole(read):
                 return read
             rows = self._rows_of_experts(node, tag)
             function = ends_selected if read is ends else rows_selected

@@ -527,7 +527,7 @@ class Fold(_Folded):
         self._add_moves(total, start, moved)
         # The change of a transforming kind depends on the unadapted weight, not on other changes.
         base = total.clone() if several else total
-        for row, adapter, part, low, high in self._here(total, start, parts):
+        for row, adapter, part, low, high in self._sites_in_slice(total, start, parts):
             seen = base
             if kind_of(row).transforms and adapter in moved and len(moved) > 1:
                 # These adapters are never active together. Each was trained on the base that its own
@@ -544,7 +544,7 @@ class Fold(_Folded):
                 part.slices,
             )
 
-    def _here(
+    def _sites_in_slice(
         self, total: torch.Tensor, start: int, parts: list[_Part]
     ) -> Iterator[tuple[PlannedSite, str, _Part, int, int]]:
         """Yield each site that has output features in a slice of the weight.
@@ -564,10 +564,10 @@ class Fold(_Folded):
     def _terms(self, total: torch.Tensor, start: int, parts: list[_Part]) -> Iterator[Term]:
         """Yield all changes to a slice of the weight, as terms for :func:`sum_exactly`."""
         site = self.rows[0][0].site
-        for value, sign in self._moves(self._moved):
+        for value, sign in self._changes_by_starts(self._moved):
             moved = value.narrow(site.axis, start, total.shape[site.axis])
             yield Term(sign * moved.to(total))
-        for row, _, part, low, high in self._here(total, start, parts):
+        for row, _, part, low, high in self._sites_in_slice(total, start, parts):
             assert part.slices is not None
             shape = total.narrow(row.site.axis, low, high - low).shape
             for values in _exact_terms(row, part.slices, shape):
@@ -588,11 +588,11 @@ class Fold(_Folded):
     def _add_moves(self, total: torch.Tensor, start: int, adapters: tuple[str, ...]) -> None:
         """Add to a slice of the weight the changes that the initializations of some adapters made to it."""
         site = self.rows[0][0].site
-        for value, sign in self._moves(adapters):
+        for value, sign in self._changes_by_starts(adapters):
             part = value.narrow(site.axis, start, total.shape[site.axis])
             total.add_(part.to(total), alpha=sign)
 
-    def _moves(self, adapters: tuple[str, ...]) -> Iterator[tuple[torch.Tensor, int]]:
+    def _changes_by_starts(self, adapters: tuple[str, ...]) -> Iterator[tuple[torch.Tensor, int]]:
         """Yield tensors with signs, whose signed sum is the change that initializations made to the weight.
 
         These are the weight that an initialization has left (1), and the base's own weight (-1).

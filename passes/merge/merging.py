@@ -362,7 +362,7 @@ def merge(
             unchanged, or has the weights from before the earlier merge. An interruption, or an error that
             ``progress`` raises, may leave some of its weights merged.
     """
-    record, names = _checked(model, adapter_names, into, storage)
+    record, names = _check_arguments(model, adapter_names, into, storage)
     units = units_of(model)
     folds, tied = _folds(model, record, names)
     targets = _targets(folds)
@@ -401,7 +401,7 @@ def merge(
     still_tied = _still_tied(tied, folds, full)
     untied = place_merged(result, merged, still_tied, weights.over)
     become_layers(result, trained_for)
-    _make_alike(weights)
+    _make_dense_or_cast_rest(weights)
     # Lists, objects and functions of the model may refer to weights, too.
     exchange(result, before)
     shared = freeze_shared(result, model, record) if into is None and not storage.own else ()
@@ -418,7 +418,7 @@ def merge(
     return result, report
 
 
-def _checked(
+def _check_arguments(
     model: nn.Module,
     adapter_names: Sequence[str] | str | None,
     into: nn.Module | None,
@@ -457,7 +457,7 @@ def _take_back(
     return origins, before
 
 
-def _make_alike(weights: _Weights) -> None:
+def _make_dense_or_cast_rest(weights: _Weights) -> None:
     """Make weights without changes dense and of the same dtype as the merged ones, if the user wants that."""
     result, keep = weights.result, weights.storage.keep
     untie_config(result)

@@ -138,13 +138,17 @@ class Fuse(GraphPass):
 
     def edited(self, region: Region) -> fx.Graph | None:
         """Fuse every branch that can be fused."""
-        if not any(_offer(node) for node in region.graph.nodes):
+        if not any(_fused_branch_of(node) for node in region.graph.nodes):
             return None
         graph = copy_graph(region.graph)
         copied = region.with_graph(graph)
         nodes = {node.name: node for node in graph.nodes}
         # In the order of the graph, because an operation may read the output of an earlier one.
-        fused = [_fuse(node, copied, nodes, self.memory) for node in nodes.values() if _offer(node)]
+        fused = [
+            _fuse(node, copied, nodes, self.memory)
+            for node in nodes.values()
+            if _fused_branch_of(node)
+        ]
         graph.lint()
         return graph if any(fused) else None
 
@@ -178,7 +182,7 @@ class Deploy(GraphPass):
 
 
 def _is_deployed(node: fx.Node) -> bool:
-    branch = _offer(node)
+    branch = _fused_branch_of(node)
     return branch is not None and branch.deploy is not None
 
 
@@ -234,7 +238,7 @@ def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
         last = before
 
 
-def _offer(node: fx.Node) -> FusedBranch | None:
+def _fused_branch_of(node: fx.Node) -> FusedBranch | None:
     """Return the fused form that ``insert`` stored on a node that adds a branch; None for any other node."""
     tag = tag_of(node)
     return None if tag is None else tag.fused
@@ -364,12 +368,12 @@ class FuseRows(GraphPass):
 
     def edited(self, region: Region) -> fx.Graph | None:
         """Fuse the operations whose branches a function computes together."""
-        if not _joints(region):
+        if not _joint_operations(region):
             return None
         graph = copy_graph(region.graph)
         copied = region.with_graph(graph)
         nodes = {node.name: node for node in graph.nodes}
-        for joint in _joints(copied):
+        for joint in _joint_operations(copied):
             _fuse_joint(joint, copied, nodes)
         graph.lint()
         return graph
@@ -391,7 +395,7 @@ class _Joint(NamedTuple):
     sums: Sequence[fx.Node]
 
 
-def _joints(region: Region) -> list[_Joint]:
+def _joint_operations(region: Region) -> list[_Joint]:
     """Return the operations whose branches of several adapters can be fused, in the order of the graph."""
     joints = []
     for node in region.graph.nodes:
@@ -402,7 +406,7 @@ def _joints(region: Region) -> list[_Joint]:
             continue
         by_function = defaultdict(list)
         for total in sums_on(node):
-            branch = _offer(total)
+            branch = _fused_branch_of(total)
             if branch is not None and branch.rows is not None:
                 by_function[branch.rows[base.kernel is not None]].append(total)
         if by_function:
@@ -419,7 +423,7 @@ def _only_adapters(base: fx.Node) -> bool:
 def _fuse_joint(joint: _Joint, region: Region, nodes: Mapping[str, fx.Node]) -> None:
     graph, base, old = region.graph, joint.base, joint.node
     tags: list[Tag] = [total.meta[META_KEY] for total in joint.sums]
-    branches = [branch for total in joint.sums if (branch := _offer(total)) is not None]
+    branches = [branch for total in joint.sums if (branch := _fused_branch_of(total)) is not None]
     whole = Tag(old.meta[META_KEY].weight, Role.FUSED)
     for branch in branches:
         for name in (branch.a, branch.b, *(branch.dropout or ())):

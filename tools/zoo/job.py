@@ -146,13 +146,13 @@ class _Job:
             self.row.argument = what_changed(before, fingerprint(model))
         self.row.stage = ""
 
-    def build(self) -> tuple[nn.Module, Reached]:
+    def build(self) -> tuple[nn.Module, ReferenceCall]:
         model, inputs = self.entry.build()
         self.row.model = type(model).__name__
         self.row.parameters = sum(p.numel() for p in model.parameters())
-        return model, Reached(inputs, _output(model, inputs))
+        return model, ReferenceCall(inputs, _output(model, inputs))
 
-    def work_on(self, model: nn.Module, reached: Reached, *, onnx: bool) -> None:
+    def work_on(self, model: nn.Module, reached: ReferenceCall, *, onnx: bool) -> None:
         entry, row, inputs = self.entry, self.row, reached.inputs
         planned = self.stage("plan", lambda: self.plan(model, inputs))
         if planned is not None:
@@ -186,7 +186,7 @@ class _Job:
         self.row.counted = len(count.direct) + len(count.computed)
         self.row.unseen = list(unseen(count, planned))
 
-    def compare(self, model: nn.Module, adapted: nn.Module, reached: Reached) -> None:
+    def compare(self, model: nn.Module, adapted: nn.Module, reached: ReferenceCall) -> None:
         inputs = reached.inputs
         outputs = _output(adapted.eval(), inputs)
         self.row.output_error = difference(outputs, reached.reference)
@@ -196,7 +196,7 @@ class _Job:
             exact = _where_fp64_runs(lambda: _train_error(model, adapted, inputs, double=True))
             self.row.train_error = self.row.train_error if exact is None else exact
 
-    def judge(self, model: nn.Module, reached: Reached) -> None:
+    def judge(self, model: nn.Module, reached: ReferenceCall) -> None:
         row = self.row
         verdict, dtype = judge_sites(self.entry, model, reached, self.config)
         row.judged, row.unreached = len(verdict.judged), verdict.unreached
@@ -206,7 +206,7 @@ class _Job:
         row.gradient_error = verdict.errors.get(verdict.worst, 0.0)
         row.dtype = str(dtype).removeprefix("torch.")
 
-    def judge_regions(self, model: nn.Module, reached: Reached) -> None:
+    def judge_regions(self, model: nn.Module, reached: ReferenceCall) -> None:
         """Judge the graphs of single layers, which run if a call does not fit the whole model's graph."""
         verdict, _ = judge_sites(self.entry, model, reached, self.config, examples=False)
         self.row.regions_judged = len(verdict.judged) + len(verdict.unreached)
@@ -362,7 +362,7 @@ _RATES = (5e-3, 5e-4, 5e-5)
 
 
 @dataclass(frozen=True)
-class Reached:
+class ReferenceCall:
     """Inputs of one call of a model, and the original model's output.
 
     Attributes:
@@ -375,7 +375,12 @@ class Reached:
 
 
 def judge_sites(
-    entry: Entry, model: nn.Module, reached: Reached, config: LoraConfig, *, examples: bool = True
+    entry: Entry,
+    model: nn.Module,
+    reached: ReferenceCall,
+    config: LoraConfig,
+    *,
+    examples: bool = True,
 ) -> tuple[Verdict, torch.dtype]:
     """Compare every site with the dense oracle, in fp64 if the model can run in fp64.
 
@@ -419,7 +424,7 @@ def in_fp64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, torch.
     return exact, doubled, seen.dtype
 
 
-def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, float]:
+def train(entry: Entry, adapted: nn.Module, built: ReferenceCall) -> tuple[float, float]:
     """Train twenty steps of AdamW on one batch, in eval mode.
 
     The loss of a model with random weights may be arbitrarily steep. If the loss rises, training restarts
@@ -455,7 +460,9 @@ def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, floa
     return losses[0], losses[-1]
 
 
-def _output_and_loss(entry: Entry, model: nn.Module, built: Reached) -> tuple[Any, torch.Tensor]:
+def _output_and_loss(
+    entry: Entry, model: nn.Module, built: ReferenceCall
+) -> tuple[Any, torch.Tensor]:
     torch.manual_seed(0)
     output = call(model, built.inputs)
     if entry.loss is not None:

@@ -40,8 +40,8 @@ __all__ = [
     "held",
     "recomputed",
     "rescaled",
-    "shifted",
     "scaled_b",
+    "shifted",
     "times_gains",
     "weight_norm",
 ]

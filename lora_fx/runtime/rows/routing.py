@@ -44,7 +44,7 @@ def prototype(a: Tensor, b: Tensor, seed: int) -> Tensor:
     return v.to(a.dtype)
 
 
-@torch_private.constant_when_compiled
+@torch_private.make_constant
 def _first_vector(size: int, seed: int, device: torch.device) -> Tensor:
     """Return the vector, [size], from which PEFT starts the power iteration."""
     generator = torch.Generator(device=device).manual_seed(seed)
