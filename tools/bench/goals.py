@@ -300,7 +300,7 @@ def vocabulary_peak(results: Measured) -> Verdict | None:
     return Verdict(text, ours - whole / 3, " MiB", f"{ours:.1f} MiB", f"{peft:.1f} MiB")
 
 
-def dora_time(results: Measured) -> Verdict:
+def decomposed_time(results: Measured) -> Verdict:
     """Judge the time of a step with DoRA relative to LoRA of the same library."""
     names = [[name_of(f"{library} {kind}", 0) for kind in KINDS] for library in (OURS, PEFT)]
     ours, peft = (
