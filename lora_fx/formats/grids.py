@@ -101,7 +101,7 @@ class CodeGrid(Grid):
         levels: The values of the codes, ascending, fp32.
         scales: fp32, [blocks of a row, out].
         blocks: The block of each column, [in].
-        zeros: Zero points in the shape of the scales; None for none.
+        zeros: Zero points in the shape of the scales; None if the codes have no zero points.
     """
 
     levels: Tensor
@@ -172,7 +172,7 @@ class CodeGrid(Grid):
 
     @functools.cached_property
     def _factors(self) -> Tensor:
-        """The inverses of the scales; zero for a block of zeros."""
+        """The inverses of the scales; zero for a scale of zero."""
         return torch.where(self.scales > 0, 1 / self.scales, 0)
 
     @functools.cached_property
