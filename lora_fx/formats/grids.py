@@ -166,6 +166,7 @@ class CodeGrid(Grid):
         return dataclasses.replace(self, scales=self.scales[:, first:last], zeros=zeros)
 
     def _in_levels(self, values: Tensor, column: int) -> Tensor:
+        """Return values of a column divided by their scales and shifted by their zero points."""
         block = self.blocks[column]
         levels = values * self._factors[block]
         return levels if self.zeros is None else levels.add_(self.zeros[block])
@@ -177,6 +178,7 @@ class CodeGrid(Grid):
 
     @functools.cached_property
     def _between(self) -> Tensor:
+        """The midpoints of neighboring levels, at which rounding changes."""
         return (self.levels[1:] + self.levels[:-1]) / 2
 
     @functools.cached_property

@@ -171,6 +171,7 @@ def _permute(stack: StackedTensor, dims: list[int]) -> StackedTensor | None:
 
 
 def _same(stack: StackedTensor, shape: list[int], **_: Any) -> StackedTensor | None:
+    """Return the stack itself for a view in its own shape, or None for another shape."""
     return stack.mirrored.mirrored if list(shape) == list(stack.shape) else None
 
 
