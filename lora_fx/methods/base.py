@@ -300,7 +300,7 @@ class Method:
     def derive_shared(
         self, layers: Sequence[Layer], shared: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
-        """Return the tensors that all layers share, including those that PEFT computes when it loads a folder.
+        """Return the tensors that all layers share, including those that PEFT computes when it loads them.
 
         Args:
             layers: All layers, in the order of the model.
