@@ -105,11 +105,11 @@ class _Adapted:
     )
 
     def __reduce__(self) -> Any:
-        """Reduce to the other fields. A copy generates its own functions for products."""
+        """Reduce to all fields except ``products``, because a copy generates its own functions."""
         return type(self), (self.name, self.rows, self.record)
 
     def read(self, owner: nn.Module, base: torch.Tensor) -> torch.Tensor:
-        """Return the weight with the factors that its module has now."""
+        """Return the weight with its adapters applied, from the current factors of its module."""
         names = (name for row in self.rows for name in row.parameters)
         factors = tuple(_held(owner, name) for name in names)
         return effective_weight(_Change(self, owner, factors), base)
@@ -130,7 +130,7 @@ class _OwnBySample:
     tokens: tuple[tuple[str, PlannedTokens], ...] = ()
 
     def read(self, owner: nn.Module, base: torch.Tensor) -> torch.Tensor:
-        """Return a parameter with a value for each sample. An adapter without a value has the base's."""
+        """Return a parameter with a value for each sample: its adapter's value, or else the base's."""
         leaf = self.name.rpartition(".")[2]
         table = owner.get_submodule(ROWS)
         assert isinstance(table, SampleRows)
@@ -171,7 +171,10 @@ class _OwnBySample:
 
 
 def _held(owner: nn.Module, name: str) -> torch.Tensor:
-    """Return the present value of a factor: the parameter, or a tensor that a library has put there."""
+    """Return the current tensor of a factor by its name relative to ``owner``.
+
+    It is the parameter, or a tensor with which a library has replaced the parameter.
+    """
     holder, _, leaf = name.rpartition(".")
     factor: torch.Tensor = getattr(module_at(owner, holder), leaf)
     return factor
@@ -248,7 +251,10 @@ class _Change(NamedTuple):
         return weight.requires_grad or not (wanted and torch.is_grad_enabled())
 
     def _check_means_something(self) -> None:
-        """Raise if there is no adapted weight, only a product: with dropout or an adapter for each sample."""
+        """Raise if the adapted weight does not exist as a single tensor.
+
+        With dropout, or with an adapter for each sample, only products with the weight are defined.
+        """
         for row in self.adapted.rows:
             kind = kind_of(row.planned) if isinstance(row.planned, PlannedSite) else None
             if kind is not None and kind.dynamic:
@@ -270,7 +276,7 @@ class _Change(NamedTuple):
                 )
 
     def note(self, location: str) -> None:
-        """Log, once for each line of code, that it computes the whole adapted weight."""
+        """Log that a line of code computes a whole adapted weight. Log each line of code once."""
         if watch.note_place(self.owner, self.name, location):
             _log.info(
                 "%s is computed with its adapters as a whole at %s: right, and slower than a product",
@@ -331,7 +337,7 @@ def _product_of(
 
 
 def _branch_passes(record: Record, rows: Mapping[str, list[PlannedSite]]) -> Iterator[Pass]:
-    """Yield the passes that give an operation its branches."""
+    """Yield the passes that insert the branches of adapters into the graph of a single operation."""
     yield from (Insert(tuple(planned), adapter) for adapter, planned in rows.items())
     if record.per_sample:
         yield FuseRows()
@@ -377,6 +383,7 @@ def _deployed(
 
 
 def _with_rows(site: Site, total: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """Add a change to the rows of a weight that a site covers."""
     if site.rows is None:
         return total + change
     start, stop = site.rows
@@ -386,7 +393,7 @@ def _with_rows(site: Site, total: torch.Tensor, change: torch.Tensor) -> torch.T
 
 
 def arm(model: nn.Module) -> None:
-    """Make reads of an adapted weight in a rewritten model return it with adapters, and watch other reads."""
+    """Make ``layer.weight`` return the adapted weight in a rewritten model, and watch all other reads."""
     record = record_of(model)
     if record is not None:
         _place_changes(model, record)
@@ -399,6 +406,7 @@ def arm(model: nn.Module) -> None:
 
 
 def _place_changes(model: nn.Module, record: Record) -> None:
+    """Register the changes of the active adapters at the modules that own the weights."""
     weights: dict[str, list[_Row]] = defaultdict(list)
     for adapter in record.active:
         for planned in record.adapters[adapter].sites:

@@ -109,7 +109,10 @@ def _without_memory(model: nn.Module) -> nn.Module | None:
 
 
 def take_gradient_to_embeddings(model: nn.Module) -> nn.Module:
-    """Make a model compute gradients from its embeddings on, as it does with adapters, and return it."""
+    """Make the outputs of a model's input embeddings require a gradient, and return the model.
+
+    A model with adapters computes gradients from there on, too.
+    """
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(embeddings, nn.Module):
         embeddings.register_forward_hook(_wants_gradient)
@@ -168,7 +171,7 @@ _ATTENTION = F.scaled_dot_product_attention
 
 
 class _Attention(Listener):
-    """Listener that runs the attention kernel of the model's device, because each kernel keeps other tensors.
+    """Listener that runs attention as the model's device would, because each kernel keeps other tensors.
 
     Flash attention is supported. Other kernels that a GPU may choose count as plain operations, which keep
     scores.
@@ -222,7 +225,10 @@ class _Attention(Listener):
 
 
 def _attributes(outputs: Any) -> Iterator[Tensor]:
-    """Yield the tensors in attributes of autograd nodes of Python functions, which hooks do not see."""
+    """Yield the tensors that Python autograd functions keep as attributes of their nodes.
+
+    Hooks for saved tensors do not see these.
+    """
     waiting = [getattr(output, "grad_fn", None) for output in pytree.tree_leaves(outputs)]
     known = set()
     while waiting:

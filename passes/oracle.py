@@ -101,7 +101,7 @@ class CheckReport:
 
 
 class _CannotTell(Exception):
-    """Reason why a model cannot be compared, for a log or an error."""
+    """Error for a model that cannot be compared with its dense model. The message is the reason."""
 
 
 @inside
@@ -308,6 +308,7 @@ def _moved(
     row: PlannedSite,
     size: float,
 ) -> torch.Tensor:
+    """Return a factor or slot with random noise, whose size keeps the change of the weight moderate."""
     if slot is not None and slot.multiplies:
         return old * (1 + _CHANGE * noise.clamp(-2, 2))
     if slot is not None:
@@ -318,6 +319,7 @@ def _moved(
 
 
 def _size(values: torch.Tensor) -> float:
+    """Return the root mean square of some values."""
     return float(values.detach().float().square().mean().sqrt()) if values.numel() else 0.0
 
 
@@ -327,7 +329,7 @@ def _check_merge(
     rows: Sequence[tuple[PlannedSite, str]],
     record: Record,
 ) -> None:
-    """Compare merged weights with W + s · BA, if only plain branches change them.
+    """Raise if a merged weight is not W + s · BA. Weights without a plain branch are skipped.
 
     One weight of each form is enough, because equal layers are merged in the same way.
     """
@@ -374,7 +376,10 @@ def _judge_difference(
     outputs: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
     tolerance: float,
 ) -> tuple[float, float]:
-    """Estimate the effect of rounding, and raise if the difference is larger. Name the sites that cause it.
+    """Raise if the outputs of two models differ by more than the effect of rounding. Return both numbers.
+
+    To estimate the effect, each weight is changed by one rounding step. The message names the sites that
+    cause the difference.
 
     Raises:
         CaptureError: If the outputs are not those of the dense weights.
@@ -412,7 +417,7 @@ def _blamed(
     example_inputs: Any,
     tolerance: float,
 ) -> list[str]:
-    """Return the sites whose adapter alone causes a difference."""
+    """Return the sites whose adapter, without all others, makes the outputs differ from the dense model's."""
     if len(start) > _BLAMED:
         return []
     random = {
@@ -453,7 +458,7 @@ def _floats(output: Any) -> list[torch.Tensor]:
 class _Choices(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Dispatch mode that records selections such as top-k, and replays them in a second run.
 
-    The router of a mixture of experts selects by size, and two sizes may be almost equal.
+    Two scores of a router may be almost equal. Rounding could then select other experts in the second run.
     """
 
     def __init__(self) -> None:

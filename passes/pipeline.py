@@ -141,7 +141,7 @@ def _plan_passes(
 
 
 def _deploy_passes(deploys: bool) -> tuple[Pass, ...]:
-    """Return the pass that rounds adapted weights, if there are any to round."""
+    """Return the pass that rounds adapted weights to the storage of ``deploy=``, or () if it is not set."""
     return (Deploy(),) if deploys else ()
 
 
@@ -162,7 +162,7 @@ def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:
 
 
 def _cheaper_passes(memory: Memory) -> tuple[Pass, ...]:
-    """Return the passes that save memory. They also run if each row of a batch has its own adapter."""
+    """Return the passes that save memory in training, which also support an adapter for each sample."""
     return CheapDropout(), *((Recompute(),) if memory != "fast" else ())
 
 
@@ -238,7 +238,7 @@ def run_passes(
 
 
 def _sizes(capture: Capture) -> dict[str, tuple[int, int]]:
-    """Return the id and the number of nodes of each region's graph."""
+    """Return the id and the number of nodes of each region's graph, to detect edits by a pass."""
     return {
         key: (id(region.graph), len(region.graph.nodes)) for key, region in capture.regions.items()
     }
@@ -247,6 +247,7 @@ def _sizes(capture: Capture) -> dict[str, tuple[int, int]]:
 def _broken(
     pass_: Pass, capture: Capture, before: Mapping[str, tuple[int, int]], result: PassResult
 ) -> str | None:
+    """Return how a pass has broken the contract of its kind, or None."""
     if pass_.kind == "functional":
         if _sizes(capture) != before:
             return "it is functional, and edited a graph of its argument"
@@ -367,7 +368,7 @@ def plan_capture(
     strict: bool = False,
     deploy: Deployment | None = None,
 ) -> Plan:
-    """Run the passes of a dry run, which edit nothing."""
+    """Plan the rewrite of a capture, with passes that edit nothing."""
     plan = run_passes(capture, _plan_passes(config, memory, loss, strict, deploy)).plan
     assert plan is not None
     return plan
@@ -384,7 +385,7 @@ def check_config(config: object) -> None:
     """Raise unless `config` is a configuration of lora_fx.
 
     Raises:
-        ConfigError: If it is anything else, such as a configuration of PEFT.
+        ConfigError: If `config` is anything else, such as a configuration of PEFT.
     """
     if isinstance(config, nn.Module):
         raise ConfigError(
@@ -424,7 +425,7 @@ class RewriteOptions:
         memory: Memory setting for the backward.
         loss: Computation of the loss, at once or in chunks. None chooses by ``memory``.
         strict: True to raise for entries of the configuration that select nothing.
-        quiet: True not to log such entries.
+        quiet: True to log no warning about entries that select nothing.
         loaded: True if the values of the adapter are loaded next, so that no initial values are computed.
         deploy: Name of the storage to train for; None for no rounding.
     """
@@ -582,7 +583,7 @@ def _check_option(name: str, value: object) -> None:
 
 
 def _check_scoped(model: nn.Module) -> None:
-    """Raise if the model's class cannot be replaced. Then nothing would notice the end of a call."""
+    """Raise if the class of a model cannot be replaced, because ``loss="chunked"`` has to replace it."""
     if not watch.is_scoped(model):
         raise CaptureError(
             f"loss='chunked' needs another class for the whole model, and {type(model).__qualname__} makes "

@@ -293,7 +293,7 @@ def _computed(capture: Capture) -> dict[str, str]:
 
 
 def _read_weights(method: FunctionType) -> Iterator[str]:
-    """Yield ``child.weight`` for each such expression that may read the values.
+    """Yield each expression ``child.weight`` in a method's code that may read the values of a weight.
 
     Expressions that only read the class, the dtype, the device or the shape are left out.
     """
@@ -344,7 +344,7 @@ def _left(
 
 
 def _needs_forward(capture: Capture, site: Site) -> str | None:
-    """Return the reason why no graph can replace a forward that computes the product, or None."""
+    """Return the reason why a product must run in its module's own forward, or None if a graph can run it."""
     if site.experts is not None or _is_layer(capture.model, site):
         return None
     regions = [capture.regions[call.region] for call in site.calls]
@@ -355,6 +355,7 @@ def _needs_forward(capture: Capture, site: Site) -> str | None:
 
 
 def _objections(site: Site, how: Storage) -> Iterator[str]:
+    """Yield the reasons why a site's operation cannot read a quantized weight."""
     if site.router:
         yield "it is the router of a mixture of experts, and few bits may choose other experts"
     if site.family != "linear":
@@ -401,8 +402,8 @@ class Quantize(Pass):
     Attributes:
         rows: The weights.
         how: The format.
-        values: Source of their values; the model by default.
-        device: Device on which they are stored; their present device by default.
+        values: Function that returns the values of a weight; by default they are read from the model.
+        device: Device for the quantized weights; by default that of each dense weight.
         progress: Called with (done, total, name) before each weight, and once when all are done.
     """
 
@@ -501,7 +502,7 @@ class Quantize(Pass):
 
 
 def _hand_on(model: nn.Module, before: list[tuple[str, nn.Parameter]]) -> None:
-    """Replace dense weights by quantized ones where lists, objects and functions of the model hold them."""
+    """Replace the dense weights in lists, objects and functions of a model by the quantized weights."""
     try:
         exchange(model, before)
     except MergeError as error:
@@ -513,7 +514,10 @@ def _hand_on(model: nn.Module, before: list[tuple[str, nn.Parameter]]) -> None:
 
 
 def _is_layer(model: nn.Module, site: Site) -> bool:
-    """Return True if an operation is an ``nn.Linear``, and nothing else applies its weight."""
+    """Return True if a site is an ``nn.Linear`` that alone applies its weight.
+
+    Such a layer can become a layer of the format's library.
+    """
     exact = original_class(model.get_submodule(site.owner)) is nn.Linear
     own = all(call.region == site.owner for call in site.calls)
     return exact and own and relative(site.weight, site.owner) == "weight"
@@ -531,7 +535,7 @@ class Materialize(Pass):
     Attributes:
         but: FQNs of weights that stay on the meta device.
         values: Returns a parameter or buffer by its name.
-        device: Device to put them on.
+        device: Device for the filled tensors.
     """
 
     name: ClassVar[str] = "materialize"

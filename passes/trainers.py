@@ -92,7 +92,7 @@ def copy_without_trainers(
 def _trainers(
     name: str, module: nn.Module, forward: Any, error: type[LoraFxError]
 ) -> tuple[str, ...]:
-    """Return the trainers that have set a forward, or () if other code has."""
+    """Return the names of the trainers that have set a module's forward, or () if other code has set it."""
     packages = _packages(module, forward)
     trainers, foreign = sorted(packages & _TRAINERS), sorted(packages - _TRAINERS)
     if trainers and foreign:
@@ -111,7 +111,7 @@ def _packages(module: nn.Module, forward: Any) -> set[str]:
 
 
 def _path(value: Any, own: Collection[types.CodeType]) -> list[types.FunctionType]:
-    """Return the functions on the path from a value to the module's own forward, without the latter."""
+    """Return the functions inside ``value`` that wrap the module's own forward, outermost first."""
     functions = [function for function in _functions(value) if not _is_own(function, own)]
     return [
         function
@@ -126,7 +126,7 @@ def _is_own(function: types.FunctionType, own: Collection[types.CodeType]) -> bo
 
 
 def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """Yield the functions that a callable consists of, outermost first."""
+    """Yield the functions inside a callable (in closures, partials and bound methods), outermost first."""
     seen: set[int] = set()
     pending = [value]
     while pending:

@@ -81,7 +81,7 @@ _OPERATOR_BLOCKS = (128, 64, 32, 16)
 
 
 def packed_sizes(product: OnnxProduct) -> dict[str, int]:
-    """Return the attributes that ONNX Runtime's products have in common."""
+    """Return the attributes N, K and block_size of an ONNX node that multiplies with a packed weight."""
     return {"N": product.rows, "K": product.columns, "block_size": product.block}
 
 
@@ -137,8 +137,9 @@ def pack_integers(
 
     Args:
         codes: Integers [out, in]: uint8 from 0 to ``2**bits - 1``, or int8 from ``-2**(bits - 1)``.
-        scales: [out, blocks of a row]. If there are fewer rows, each is used for several rows of codes.
-        zeros: The zero points, in the shape of the scales; None for none.
+        scales: [out, blocks of a row]. If there are fewer rows of scales than of codes, each row of scales
+            applies to several rows of codes.
+        zeros: The zero points, in the shape of the scales; None if the codes have no zero points.
         block: Values of a row that share a scale.
         bits: Bits of a code, at most 8. Codes of 4 bits or less are stored in 4, others in 8.
 
@@ -202,7 +203,7 @@ def _packed_pairs(codes: Tensor) -> Tensor:
 
 
 def _spread(value: Tensor, rows: int) -> Tensor:
-    """Repeat scales or zero points so that each row has its own, [rows, blocks of a row]."""
+    """Repeat rows of scales or zero points, to one row for each row of codes, [rows, blocks of a row]."""
     return value.repeat_interleave(rows // value.shape[0], 0)
 
 
@@ -243,11 +244,17 @@ class LibraryLayers:
         return None
 
     def setup(self, layer: nn.Module) -> tuple[Any, ...]:
-        """Return everything on which the traced graph of a layer depends, for use as a key."""
+        """Return a key of everything on which the traced graph of a layer depends.
+
+        Layers with equal keys share a graph.
+        """
         return ()
 
     def plain(self, cls: type[nn.Module]) -> type[nn.Module] | None:
-        """Return PyTorch's class for a layer with a dense weight; None if the layer is not the library's."""
+        """Return PyTorch's class for a library's layer whose weight a merge has made dense.
+
+        None if ``cls`` is no layer class of the library.
+        """
         return None
 
     def become(self, layer: nn.Module, how: Storage) -> None:
@@ -257,7 +264,9 @@ class LibraryLayers:
         """
 
     def objection(self, layer: nn.Module, named: str) -> str | None:
-        """Return why a library's layer cannot have an adapter, with a remedy; None for a general message.
+        """Return the reason why a library's layer cannot have an adapter, with a remedy.
+
+        If the result is None, the caller uses a general message.
 
         Args:
             layer: A layer whose weight no format describes.
@@ -266,28 +275,34 @@ class LibraryLayers:
         return None
 
     def owns_hook(self, hook: object) -> bool:
-        """Return True if the library added this hook to a layer, and a dense weight does not need it."""
+        """Return True if the library added this hook, and a merge to a dense weight has to remove it."""
         return False
 
     def adopt(self, model: nn.Module) -> None:
-        """Replace the tensors of a weight by one parameter, in each layer of a copied model.
+        """Replace the tensors that together store a weight by one parameter, in each layer of a copied model.
 
-        :class:`lora_fx.formats.PackedLayers` does so, for libraries that keep a weight in several tensors.
+        This base class does nothing. :class:`lora_fx.formats.PackedLayers` implements the method, for
+        libraries that store a weight in several tensors.
         """
 
     def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
-        """Give a copy of a layer separate objects over the same tensors.
+        """Add copies of a layer's objects, which share their tensors, to the memo of ``copy.deepcopy``.
+
+        Called for each module of a model before the model is copied.
 
         Args:
-            layer: Any module of the model to copy; its parameters are in ``memo``.
+            layer: Any module of the model to copy. The copies of its parameters are in ``memo``.
             memo: The memo of ``copy.deepcopy``.
         """
 
     def settle(self, layer: nn.Module) -> None:
-        """Remove or change attributes that a copied or new module must not have. Called for any module."""
+        """Correct the attributes of a copied or new module that still fit only the original layer.
+
+        For example, a method may be bound to the original layer. Called for any module.
+        """
 
     def renew(self, layer: nn.Module) -> None:
-        """Make a layer use the scales of its new weight, which has the same format."""
+        """Update a layer's references to scales, after its weight was replaced by another of its format."""
 
     def scales_hook(self, layer: nn.Module) -> Callable[..., None] | None:
         """Return a forward pre-hook that restores the scales that FSDP2 has removed from a layer's weight.
@@ -358,20 +373,20 @@ class WeightFormat(abc.ABC):
     required: ClassVar[tuple[str, ...]] = ("library", "classes")
 
     def owns(self, cls: type) -> bool:
-        """Return True if a class is one of the library's tensors, in a supported form or not."""
+        """Return True if a class is a tensor class of the library, even if its form is not supported."""
         return cls.__name__ in self.classes
 
     # --- existing weights ---
 
     @abc.abstractmethod
     def describe(self, weight: Any) -> Quantization | None:
-        """Return the storage of a weight; None if its form is not supported."""
+        """Return how a weight is quantized; None if its form is not supported."""
 
     @abc.abstractmethod
     def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
-        """Return the values of a weight, [out, in], with the precision of its kernel for an input dtype.
+        """Dequantize a weight to [out, in], with the precision that its kernel has for inputs of ``dtype``.
 
-        The dtype of the result may be wider.
+        The result may have a wider dtype.
         """
 
     def product(
@@ -393,7 +408,7 @@ class WeightFormat(abc.ABC):
         return None
 
     def multiplies(self, weight: Any, dtype: torch.dtype) -> bool:
-        """Return True if ``F.linear`` takes the weight itself for an input of a dtype."""
+        """Return True if ``F.linear`` accepts the quantized weight itself with inputs of ``dtype``."""
         return False
 
     # --- new weights ---
@@ -469,7 +484,7 @@ class WeightFormat(abc.ABC):
         raise QuantizationError(f"{self.library} makes no weight in {how.format!r}")
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
-        """Return a frozen parameter with new values, [out, in] in fp64, in the form of ``weight``."""
+        """Quantize new values, [out, in] in fp64, as ``weight`` is quantized. Return a frozen parameter."""
         quantization = self.describe(weight)
         assert quantization is not None
         how = Storage(
@@ -478,17 +493,17 @@ class WeightFormat(abc.ABC):
         return self.pack(values.to(quantization.dtype).contiguous(), how)
 
     def grid(self, weight: Any) -> Grid | None:
-        """Return the values that elements can have with the present scales; None if they are not known.
+        """Return the values that the elements of a weight can have with its scales; None if not known.
 
-        Rounding with error feedback needs them.
+        Rounding with error feedback chooses among these values.
         """
         return None
 
     def fill(self, values: Tensor, weight: Any) -> nn.Parameter:
-        """Return a frozen parameter with new values and the scales of ``weight``.
+        """Quantize new values with the scales of ``weight``, and return a frozen parameter.
 
-        All values are possible values of the :meth:`grid`. This base class calls :meth:`requantize`, for
-        formats that keep scales if the values fit.
+        Each value has to be in the :meth:`grid` of the weight. This base class calls :meth:`requantize`,
+        which is enough for formats that keep scales if the values fit.
         """
         return self.requantize(values, weight)
 
@@ -512,7 +527,7 @@ class WeightFormat(abc.ABC):
     # --- copies, state dicts ---
 
     def twin(self, parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter | None:
-        """Return a frozen parameter of the same class over the same memory; None to use ``detach``.
+        """Return a frozen parameter of the same class over the same memory; None if ``detach`` is enough.
 
         Args:
             parameter: A parameter of the format's own class.
@@ -521,7 +536,7 @@ class WeightFormat(abc.ABC):
         return None
 
     def state_hooks(self, parameter: str, *, layer: bool) -> StateHooks | None:
-        """Return the hooks that save and load scales in state dicts; None if the tensor has the scales.
+        """Return the hooks that save and load scales in state dicts; None if the tensor has its scales.
 
         Args:
             parameter: The name of the parameter in its module.
@@ -532,7 +547,9 @@ class WeightFormat(abc.ABC):
     # --- export ---
 
     def widened(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Return a weight with the same codes and scales whose values are not rounded to half precision.
+        """Return a weight with the same codes and scales that decodes without rounding to half precision.
+
+        An export calls this for each quantized weight.
 
         Args:
             parameter: A parameter of a copy, which may be changed.
@@ -540,11 +557,11 @@ class WeightFormat(abc.ABC):
         return parameter
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
-        """Return the arrays of an ONNX file and the operator that reads them, with the same values.
+        """Return the arrays that store a weight in an ONNX file, and the operator that decodes them.
 
         Args:
             weight: The weight, from :meth:`widened`.
-            stored: Its storage.
+            stored: The storage of the weight, from :meth:`describe`.
         """
         return NoOperator(f"is stored as {stored}, for which its format names no operator of ONNX")
 
@@ -569,7 +586,10 @@ class Storage:
     chosen: bool = False
 
     def fitted(self, shape: Sequence[int]) -> Storage:
-        """Return options whose blocks divide the rows of a matrix [out, in], unless a user chose the size."""
+        """Return these options with a block size that divides the rows of a matrix [out, in].
+
+        A block size that the user chose is not changed.
+        """
         smallest = BLOCKS[0]
         divides = not self.block_size or not shape[1] % self.block_size
         if self.chosen or divides or shape[1] % smallest or smallest not in self.made_by.blocks:
@@ -578,7 +598,7 @@ class Storage:
 
     @property
     def made_by(self) -> WeightFormat:
-        """The format that makes these weights."""
+        """The weight format that quantizes weights with these options."""
         return format_named(self.format)
 
     @property
@@ -652,7 +672,7 @@ def _check_operators(weight_format: WeightFormat) -> None:
 
 
 def format_named(name: str) -> WeightFormat:
-    """Return the format that makes weights of a name.
+    """Return the weight format for a name of a storage, such as ``nf4``.
 
     Raises:
         QuantizationError: If there is no such format. The message lists the names.
@@ -702,7 +722,7 @@ def quantization_of(weight: object) -> Quantization | None:
 def row_operators() -> Mapping[str, str]:
     """Return the operators of all libraries that compute each row separately.
 
-    Each has the name of the argument that has the rows.
+    The values are the names of the arguments that have the rows.
     """
     return {
         name: rows
@@ -712,7 +732,7 @@ def row_operators() -> Mapping[str, str]:
 
 
 def operator_named(name: str) -> OnnxOperator:
-    """Return the operator of ONNX that has this name in some format."""
+    """Return the ONNX operator of a name, from the standard operators and those of all formats."""
     groups = (STANDARD_OPERATORS, *(known.operators for known in _formats))
     return next(operator for group in groups for operator in group if operator.name == name)
 
@@ -752,7 +772,7 @@ def _check_arguments(block_size: object, double: object) -> None:
 
 
 def stored(values: Tensor, how: Storage) -> nn.Parameter:
-    """Return a frozen parameter of the format's library with these values, rounded as it rounds them.
+    """Quantize a matrix with the library of a format, and return a frozen parameter.
 
     Args:
         values: A matrix [out, in]; no reference to it is kept.

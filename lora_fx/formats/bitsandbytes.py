@@ -86,7 +86,7 @@ def _is_of_four_bits(weight: object) -> bool:
 
 
 def _row_scales(weight: Any) -> Any:
-    """Return the largest magnitude in each row of an 8-bit weight, [out]; None if it has none."""
+    """Return the largest magnitude in each row of an 8-bit weight, [out]; None if it has no scales."""
     # The layer's own forward removes SCB from the weight. Copies keep it in a second attribute, row_scales.
     return weight.SCB if weight.SCB is not None else getattr(weight, "row_scales", None)
 
@@ -123,7 +123,7 @@ def _requantize_eight_bits(values: Tensor, old: Any) -> nn.Parameter:
 
 @functools.cache
 def _table(kind: str, device: torch.device) -> Tensor:
-    """Return the values of all codes: for ``nf4``, ``fp4``, or ``dynamic`` (the codes of scales)."""
+    """Return the value of each code of a data type: ``nf4``, ``fp4``, or ``dynamic`` for quantized scales."""
     functional = _library().functional
     if kind == "dynamic":
         table: Tensor = functional.create_dynamic_map().to(device)
@@ -141,13 +141,14 @@ def _copied_state(state: Any, memo: dict[int, Any]) -> Any:
 
 
 def _unpacked(weight: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Return a weight in its usual order, after a call in eval mode has packed it for a kernel of the CPU.
+    """Undo the packing of a 4-bit weight for a CPU kernel. Return the weight and its state.
 
-    The scales stay in bfloat16, as that kernel has them.
+    The library packs the weight in a call in eval mode. The scales stay in bfloat16, as the CPU kernel stores
+    them.
 
     Args:
         weight: The packed weight.
-        state: Its state, which is changed.
+        state: The quantization state of the weight. It is changed.
     """
     functional = _library().functional
     unpacked: tuple[Tensor, Any] = functional._convert_weight_packed_for_cpu_inverse(weight, state)
@@ -160,7 +161,7 @@ _PACKED = "quant_state.bitsandbytes__"
 
 
 class _Save(SaveHook):
-    """A hook that writes the scales next to the weight, under the library's own keys."""
+    """A hook that adds the scales of a 4-bit weight to a state dict, under the library's own keys."""
 
     def __call__(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
@@ -175,7 +176,7 @@ class _Save(SaveHook):
 
 
 class _Load(LoadHook):
-    """A hook that copies the scales of a state dict into the existing ones.
+    """A hook that copies the scales in a state dict into the scales of the module's weight.
 
     ``Linear4bit`` writes the scales of its weight next to it, and no module of PyTorch reads them back:
     ``model.load_state_dict(model.state_dict())`` fails on them.
@@ -394,7 +395,7 @@ class _Layers(LibraryLayers):
 
 
 def _give_scales(stored: torch.dtype, layer: Any, inputs: Any) -> None:
-    """Give the gathered bytes of a sharded weight their class and scales, before the forward of the layer.
+    """Restore the class and the scales of a 4-bit weight that FSDP2 has gathered. A forward pre-hook.
 
     Raises:
         QuantizationError: If FSDP2 has converted the bytes as if they were values.
@@ -410,7 +411,10 @@ def _give_scales(stored: torch.dtype, layer: Any, inputs: Any) -> None:
 
 
 def _settings(state: Any) -> Any:
-    """Return a copy without tensors: the graph of a layer depends on the other attributes."""
+    """Return a copy of an 8-bit layer's state without tensors, to free the data of its weight.
+
+    The graph of the layer depends on the other attributes of the state.
+    """
     result = copy.copy(state)
     for name, value in vars(state).items():
         if isinstance(value, Tensor):
@@ -434,7 +438,11 @@ _MATMUL_BNB4: Final = OnnxOperator("MatMulBnb4", _matmul)
 
 
 def _blocks_in_order(weight: Any, stored: Quantization) -> bool:
-    """Return True if this device's kernel uses the right scales: CPU kernels begin a block in each row."""
+    """Return True if the kernel of this device decodes each block with its own scale.
+
+    CPU kernels begin a new block in each row, which is wrong if the blocks do not divide the rows. An export
+    then refuses the weight.
+    """
     state = weight.quant_state
     if stored.shape[1] % int(state.blocksize) == 0:
         return True
@@ -445,7 +453,7 @@ def _blocks_in_order(weight: Any, stored: Quantization) -> bool:
 
 
 def _absmax(state: Any) -> Tensor:
-    """Return the largest magnitude of each block of four bits."""
+    """Return the scale of each block of a 4-bit weight, its largest magnitude. Decode quantized scales."""
     absmax: Tensor = state.absmax
     if state.nested:
         absmax = _library().functional.dequantize_blockwise(absmax, state.state2) + state.offset
@@ -599,7 +607,7 @@ class BitsandbytesFormat(WeightFormat):
         return make(values, weight)
 
     def grid(self, weight: Any) -> Grid | None:
-        """See :class:`WeightFormat`. None if blocks of four bits do not divide the rows."""
+        """See :class:`WeightFormat`. None if the blocks of a 4-bit weight do not divide the rows."""
         if not _is_of_four_bits(weight):
             levels, scales = integer_levels(8)[1:], _row_scales(weight).reshape(-1, 1) / 127
             return CodeGrid.of_blocks(levels, scales, weight.shape, None)
@@ -612,7 +620,7 @@ class BitsandbytesFormat(WeightFormat):
         return CodeGrid.of_blocks(levels, scales, state.shape, state.blocksize)
 
     def fill(self, values: Tensor, weight: Any) -> nn.Parameter:
-        """See :class:`WeightFormat`. The library would compute new scales."""
+        """See :class:`WeightFormat`. Not by the library, which would compute new scales."""
         if not _is_of_four_bits(weight):
             scales = _row_scales(weight)
             codes = torch.round(values.float() / scales.reshape(-1, 1) * 127)

@@ -1,4 +1,6 @@
-"""Experts of compressed-tensors, loaded as stacks. Without this, transformers decompresses them.
+"""Loading of experts of compressed-tensors as stacks of compressed matrices.
+
+Without the quantizer of this file, transformers decompresses the experts.
 
 A checkpoint has a separate tensor for each matrix of an expert (``experts.0.gate_proj.weight_packed``). The
 model has one parameter for the matrices of all experts (``experts.gate_up_proj``). This parameter becomes a
@@ -23,7 +25,7 @@ __all__ = ["experts_quantizer"]
 
 @functools.cache
 def _stack_operation() -> type:
-    """Return an operation of transformers' loader that stacks compressed experts."""
+    """Return the class of an operation of transformers' loader that stacks compressed experts."""
     from transformers.integrations.compressed_tensors import (
         CompressedTensorsDequantize,
         get_experts_scheme,
@@ -49,7 +51,7 @@ def _stack_operation() -> type:
 
 @functools.cache
 def experts_quantizer() -> type:
-    """Return a quantizer of transformers that keeps experts compressed."""
+    """Return the class of a transformers quantizer that keeps experts compressed."""
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
     class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
@@ -95,17 +97,17 @@ def experts_quantizer() -> type:
 
 
 def _stacked_by(conversion: Any, plain: Any, quantizer: Any) -> dict[str, tuple[str, ...]]:
-    """Let a conversion of the loader make stacks.
+    """Change a conversion of transformers' loader so that it stacks compressed experts.
 
     Args:
-        conversion: A conversion whose first operation stacks; it is changed. If operations follow that do not
-            only join matrices, the conversion decompresses the experts as usual.
+        conversion: A conversion whose first operation is a ``Stack``; it is changed. If later operations do
+            more than join matrices, the conversion decompresses the experts as usual.
         plain: The conversion that transformers has for a dense checkpoint.
         quantizer: The quantizer.
 
     Returns:
-        The names of an expert's matrices, by the end of the name of the stack. Empty if the conversion
-        decompresses.
+        The names of an expert's matrices, such as ``gate_proj``, by the end of the name of the stack. Empty
+        if the conversion decompresses.
     """
     from transformers.core_model_loading import Concatenate, MergeModulelist
     from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
@@ -122,7 +124,10 @@ def _stacked_by(conversion: Any, plain: Any, quantizer: Any) -> dict[str, tuple[
 
 
 def _convert_dense_only(model: Any) -> None:
-    """Restore the conversions of dense experts. Stacks need none to save: they have the names of the file."""
+    """Restore the conversions for dense experts in a model that was just loaded.
+
+    Stacks need no conversion to be saved, because :func:`_state_dict` uses the names of the checkpoint.
+    """
     vars(model)["_weight_conversions"] = [
         getattr(_first_operation(conversion), "plain", None) or conversion
         for conversion in vars(model).get("_weight_conversions", ())

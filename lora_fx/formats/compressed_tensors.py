@@ -60,7 +60,7 @@ class _Scheme(NamedTuple):
 
 
 def _library(name: str) -> Any:
-    """Import a module of the library: an unpickled model may need it."""
+    """Import a module of compressed-tensors by name. A process that unpickles a model may not have it yet."""
     return load_optional(
         f"compressed_tensors.{name}",
         "a weight of compressed-tensors",
@@ -79,12 +79,12 @@ def _compressor(options: _Scheme) -> Any:
 
 
 def _text(choice: Any) -> str:
-    """Return the text of a choice: schemes of the library have an enumeration member or its text."""
+    """Return the text of a setting, which schemes of the library store as an enum member or as text."""
     return str(getattr(choice, "value", choice))
 
 
 def options_of(scheme: Any, layer: nn.Linear) -> _Scheme | None:
-    """Return the storage of a layer's weight; None for a strategy that is not known."""
+    """Return the storage of a layer's weight; None if the strategy of its scheme is not known."""
     weights, shape = scheme.weights, (layer.out_features, layer.in_features)
     strategy = _text(weights.strategy)
     forms = {
@@ -160,7 +160,10 @@ class _Layers(PackedLayers):
 
 
 def pack_zero_points(model: nn.Module) -> None:
-    """Give zero points on the meta device their packed shape, which the library (0.20) does not set."""
+    """Change zero points on the meta device to their packed shape, before a checkpoint is loaded.
+
+    The library (0.20) leaves them in the shape of unpacked zero points.
+    """
     for layer in model.modules():
         zeros, packed = (
             layer._parameters.get(f"weight_{name}") for name in ("zero_point", "packed")

@@ -140,7 +140,7 @@ class _Layers(PackedLayers):
 
 
 def _codes_and_scales(weight: Any) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Return the codes in whole blocks, a scale in fp32 for each block, and the block."""
+    """Return the codes padded to whole blocks, a scale in fp32 for each block, and the size of a block."""
     codes, scales = weight.parts["weight"], weight.parts["weight_scale_inv"].float()
     block = weight.options or tuple(codes.shape)
     scales = scales.reshape(-(-codes.shape[0] // block[0]), -(-codes.shape[1] // block[1]))
@@ -212,7 +212,7 @@ class FineGrainedFP8Format(PackedFormat):
         return CodeGrid.of_blocks(float8_levels(_CODES), scales, weight.shape, columns, rows=rows)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
-        """Return the codes in lines that share a scale, because the operator's blocks are parts of a row."""
+        """Return the codes as rows that share a scale: the ONNX operator has no two-dimensional blocks."""
         codes, scales, (rows, columns) = _codes_and_scales(weight)
         out_features, in_features = stored.shape
         line = math.gcd(columns, in_features)

@@ -75,7 +75,7 @@ class Packing(NamedTuple):
 
 
 def unpack_codes(words: Tensor, bits: int, count: int, *, interleaved: bool = False) -> Tensor:
-    """Unpack codes. Each column of words is a stream of bits, the lowest first.
+    """Unpack integer codes from words of 32 bits. Each column of words is a stream of bits, the lowest first.
 
     Args:
         words: int32, [words, columns].
@@ -104,7 +104,7 @@ def unpack_codes(words: Tensor, bits: int, count: int, *, interleaved: bool = Fa
 
 
 def pack_codes(codes: Tensor, bits: int, *, interleaved: bool = False) -> Tensor:
-    """Return columns of words with these codes, [words, columns]: the inverse of :func:`unpack_codes`."""
+    """Pack integer codes into words of 32 bits, [words, columns]: the inverse of :func:`unpack_codes`."""
     lines = codes.T.to(torch.uint8)
     if interleaved:
         eights = lines.reshape(len(lines), -1, len(_INTERLEAVED))
@@ -133,7 +133,7 @@ class _Grid(NamedTuple):
 
     @classmethod
     def of(cls, weight: Any) -> _Grid:
-        """Unpack a weight."""
+        """Unpack the codes, the zero points and the scales of a weight."""
         parts, (bits, group, awq) = weight.parts, weight.options
         rows, columns = weight.shape
         integers = torch.int16 if bits == 8 else torch.int8
@@ -154,7 +154,7 @@ class _Grid(NamedTuple):
 
 
 def _objection(layer: Any) -> str | None:
-    """Return why a layer of the library is not supported, with a remedy; None if it is."""
+    """Return the reason why a layer of the library is not supported, with a remedy, or None."""
     name = type(layer).__name__
     if name not in _GPTQ | _AWQ:
         return (

@@ -101,7 +101,7 @@ class CodeGrid(Grid):
         levels: The values of the codes, ascending, fp32.
         scales: fp32, [blocks of a row, out].
         blocks: The block of each column, [in].
-        zeros: Zero points in the shape of the scales; None for none.
+        zeros: Zero points in the shape of the scales; None if the codes have no zero points.
     """
 
     levels: Tensor
@@ -166,17 +166,19 @@ class CodeGrid(Grid):
         return dataclasses.replace(self, scales=self.scales[:, first:last], zeros=zeros)
 
     def _in_levels(self, values: Tensor, column: int) -> Tensor:
+        """Return values of a column divided by their scales and shifted by their zero points."""
         block = self.blocks[column]
         levels = values * self._factors[block]
         return levels if self.zeros is None else levels.add_(self.zeros[block])
 
     @functools.cached_property
     def _factors(self) -> Tensor:
-        """The inverses of the scales; zero for a block of zeros."""
+        """The inverses of the scales; zero for a scale of zero."""
         return torch.where(self.scales > 0, 1 / self.scales, 0)
 
     @functools.cached_property
     def _between(self) -> Tensor:
+        """The midpoints of neighboring levels, at which rounding changes."""
         return (self.levels[1:] + self.levels[:-1]) / 2
 
     @functools.cached_property

@@ -59,11 +59,11 @@ class Settings(NamedTuple):
     Attributes:
         nbits: Bits of a code; 1.58 for three values.
         group_size: Values that share a scale.
-        axis: 1 if they are a row of [values / group_size, group_size], 0 if they are a column of
+        axis: 1 if a group is a row of [values / group_size, group_size], 0 if a group is a column of
             [group_size, values / group_size].
-        channel_wise: False for one scale for all values.
+        channel_wise: False if all values share a scale.
         optimize: True if the zero points were optimized.
-        round_zero: True if the zero points were integers before that.
+        round_zero: True if the zero points were rounded to integers before they were optimized.
     """
 
     nbits: float
@@ -130,10 +130,10 @@ class _Layers(PackedLayers):
 
 
 def _plain(meta: Mapping[str, Any], name: str, device: torch.device) -> Tensor:
-    """Return the scales or zero points of a layer, also if an older version quantized and offloaded them.
+    """Return the scales or the zero points of a layer as an ordinary tensor on a device.
 
-    The library optimizes zero points in inference mode. Nothing can be written into such tensors, so they
-    are copied.
+    An older version of the library may have quantized and offloaded them. The library optimizes zero points
+    in inference mode. Nothing can be written into such tensors, so they are copied.
     """
     quantized = meta[f"quant_{name}"]
     if "zero_scale" in meta:

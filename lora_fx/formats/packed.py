@@ -118,7 +118,7 @@ class PackedTensor(Tensor):
     def mapped(
         self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
     ) -> PackedTensor:
-        """Return a tensor with the same options, after calling a function on each part."""
+        """Call a function on each part, and return a packed tensor with the results and the same options."""
         tensors = {name: function(part) for name, part in self.parts.items()}
         return type(self)(Parts(tensors, self.shape, self.options), dtype or self.dtype)
 
@@ -128,9 +128,9 @@ class PackedTensor(Tensor):
         return nn.Parameter(type(self)(parts, self.dtype), requires_grad=False)
 
     def decoded(self) -> Tensor:
-        """Return the values.
+        """Dequantize the matrix.
 
-        Under a compiler, which cannot trace the library's code, they are computed by one operator.
+        Under a compiler, which cannot trace the library's code, a single operator does this.
         """
         if type(self.__dict__[self.part_names[0]]) is Tensor:
             return _format(self).decode(self)
@@ -152,7 +152,7 @@ class PackedTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Copy the parts, or compute with the values."""
+        """Apply copies to the parts. Run any other operator with the dequantized values."""
         first, kwargs = args[0], dict(kwargs or {})
         if func in (_aten.detach.default, _aten.clone.default, torch_private.TO_COPY):
             dtype = kwargs.pop("dtype", None)
@@ -199,8 +199,8 @@ _keys: dict[tuple[type, tuple[str, ...], int], tuple[str, Any]] = {}
 def _registered(cls: type[PackedTensor], names: tuple[str, ...], options: Any) -> str:
     """Store the class, the part names and the options of a tensor, and return a key for :func:`form_of`.
 
-    Each tensor calls this in its constructor. Later would be too late, because Dynamo writes the globals of
-    traced code only after the graph has run.
+    Each tensor calls this in its constructor, because Dynamo writes the globals of traced code only after the
+    graph has run.
     """
     form = (cls, names, id(options))
     if form not in _keys:
@@ -212,7 +212,7 @@ def _registered(cls: type[PackedTensor], names: tuple[str, ...], options: Any) -
 
 
 def _check_names(cls: type[PackedTensor], names: tuple[str, ...]) -> None:
-    """Raise if a part cannot be an attribute of the weight, as ``shape`` cannot."""
+    """Raise if the name of a part is an attribute of tensors already, such as ``shape``."""
     for name in names:
         if name in PackedTensor.__annotations__ or inspect.isdatadescriptor(
             getattr(cls, name, None)
@@ -224,7 +224,7 @@ def _check_names(cls: type[PackedTensor], names: tuple[str, ...]) -> None:
 
 
 def form_of(key: str) -> _Layout:
-    """Return the class, the names of the parts and the options of a weight with this key."""
+    """Return the class, the part names and the options that are registered under a key."""
     return _forms[key]
 
 
@@ -285,7 +285,7 @@ class PackedFormat(WeightFormat):
 
     @abc.abstractmethod
     def decode(self, weight: Any) -> Tensor:
-        """Return the values of a weight, [out, in], by the library's code and in its dtype."""
+        """Dequantize a weight to [out, in], with the library's code and in the dtype of its result."""
 
     def saved_settings(self, weight: Any) -> Mapping[str, Tensor]:
         """Return settings that the library's layers save as tensors, by their names in a state dict.

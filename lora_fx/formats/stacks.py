@@ -46,7 +46,7 @@ class Stacking(NamedTuple):
         matrix: The class of the library's weights.
         context: The second result of :meth:`WeightFormat.take_apart`, which is equal for all matrices.
         keys: The names of the tensors in the library's weight, in the order of the parts of the stack.
-        turned: True if the matrices are shown as [in, out].
+        turned: True if the stack has the shape [E, in, out]. Its tensors always store matrices [out, in].
         pieces: The number of the library's weights that make up a matrix, one below the other. If there are
             several, the parts of a matrix have one more axis in front.
     """
@@ -76,7 +76,7 @@ class StackedTensor(PackedTensor):
         return format_of_class(self.options.matrix)
 
     def selected(self, select: Callable[[Tensor], Tensor], count: int | None) -> StackedTensor:
-        """Return some of the matrices.
+        """Return some of the matrices as a smaller stack, or a single matrix.
 
         Args:
             select: Called with each tensor of the stack. Returns the entries of the selected matrices.
@@ -127,7 +127,7 @@ _FALLBACKS = ("transformers.grouped_mm_fallback", "transformers.grouped_mm_fallb
 
 
 def _offsets(offs: Any = None, bias: Any = None, out_dtype: Any = None, **_: Any) -> Any:
-    """Return the ends of the groups, or None for a call with a bias or an output dtype."""
+    """Return the ``offs`` argument of a grouped product. None if the call has a bias or an output dtype."""
     return None if bias is not None or out_dtype is not None else offs
 
 
@@ -171,6 +171,7 @@ def _permute(stack: StackedTensor, dims: list[int]) -> StackedTensor | None:
 
 
 def _same(stack: StackedTensor, shape: list[int], **_: Any) -> StackedTensor | None:
+    """Return the stack itself for a view in its own shape, or None for another shape."""
     return stack.mirrored.mirrored if list(shape) == list(stack.shape) else None
 
 
@@ -204,7 +205,10 @@ _VIEWS: Mapping[Any, Callable[..., StackedTensor | None]] = {
 def _view(
     views: Mapping[Any, Callable[..., StackedTensor | None]], func: Any, args: Any, kwargs: Any
 ) -> StackedTensor | None:
-    """Return the view of a stack that a function asks for, or None if it needs the values."""
+    """Return the result of a function that only selects or transposes matrices of a stack.
+
+    None for any other function, which needs the dequantized values.
+    """
     view = views.get(func)
     if view is None or not isinstance(args[0], StackedTensor):
         return None
@@ -233,7 +237,7 @@ def grouped_product(x: Tensor, weight: StackedTensor, ends: Tensor) -> Tensor:
 def _stack_of(
     key: str, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
 ) -> StackedTensor:
-    """Return the stack whose parts an operator has received."""
+    """Rebuild a stack from the tensors that an operator has received as arguments."""
     _, names, options = form_of(key)
     return StackedTensor(Parts(dict(zip(names, parts, strict=True)), shape, options), dtype)
 
@@ -310,7 +314,7 @@ def stack_parts(
 
 
 def follow_stacks(model: nn.Module) -> None:
-    """Let each module of a model save and load its stacks under the names of their parts."""
+    """Register hooks that save and load the stacks of a model under the names of their tensors."""
     for module in model.modules():
         parameters: Mapping[str, Any] = module._parameters
         for name, parameter in parameters.items():

@@ -56,7 +56,7 @@ _ACTIVATIONS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def _scheme(weight: Any) -> str | None:
-    """Return the name of a weight's format; None if it is not supported."""
+    """Return the name of a weight's format, such as ``int4``; None if the format is not supported."""
     kind = type(weight).__name__
     if kind == "IntxUnpackedToInt8Tensor":
         return {"torch.int4": "int4", "torch.int8": "int8"}.get(str(weight.target_dtype))
@@ -162,7 +162,7 @@ class _Layers(LibraryLayers):
     ) -> None:
         """Give a model of transformers a quantizer, with which ``save_pretrained`` writes the tensors.
 
-        ``from_pretrained`` loads them if all are in layers.
+        ``from_pretrained`` loads the quantized tensors if all of them are in layers.
         """
         library: Any = sys.modules.get("transformers")
         if library is None or not isinstance(model, library.PreTrainedModel):

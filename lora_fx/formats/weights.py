@@ -83,7 +83,7 @@ class KeptWeight:
         return cls(weight, () if torch.compiler.is_compiling() else tuple(_versions(weight)))
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """Return the values, [out, in], for the backward.
+        """Dequantize the weight to [out, in], for the backward.
 
         Raises:
             QuantizationError: If the weight was written into since the forward.
@@ -305,7 +305,7 @@ def follow_state(module: nn.Module, parameter: str, *, layer: bool) -> None:
 
 
 class CheckStorage(LoadHook):
-    """A hook that checks the storage of a weight in a state dict."""
+    """A hook that refuses a state dict in which a weight is stored in another format."""
 
     def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
         """See :class:`LoadHook`."""
@@ -326,7 +326,10 @@ def _format(quantization: Quantization) -> tuple[Any, ...]:
 
 
 def is_format_hook(hook: Any) -> bool:
-    """Return True if a hook of a module is for a quantized weight: a library's hook or a FormatHook."""
+    """Return True if a hook serves a quantized weight: a library's hook or a :class:`FormatHook`.
+
+    A merge to a dense weight removes such hooks.
+    """
     hook = getattr(hook, "hook", hook)  # torch wraps some
     return isinstance(hook, FormatHook) or any(
         weight_format.layers.owns_hook(hook) for weight_format in formats()

@@ -62,8 +62,8 @@ def check_peft_type(folder: Path) -> None:
     """Raise if a folder of PEFT has an adapter of another method than LoRA.
 
     Raises:
-        CheckpointError: If it is of another method; the message says what would work. If the configuration is
-            missing or damaged.
+        CheckpointError: If the adapter is of another method; the message says what would work. If the
+            configuration is missing or damaged.
     """
     peft_type = read_config(folder)["peft_type"]
     reason = refusal(peft_type, _OF_PEFT)

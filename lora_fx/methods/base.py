@@ -36,7 +36,7 @@ class ParameterChange:
             in half precision is computed in fp32 and rounded once.
         rank: An upper bound of the rank of the change, as a matrix [outputs, everything else]. None if the
             method guarantees none.
-        tied: True if the adapter changes every module that shares the parameter, and not one of them alone.
+        tied: True if the change applies to all modules that share the parameter, False for this module only.
     """
 
     parameter: str
@@ -117,7 +117,7 @@ class Layer:
         """Return a value of the configuration.
 
         Raises:
-            CheckpointError: If it is missing and there is no default, or has another type.
+            CheckpointError: If the value is missing and there is no default, or has another type.
         """
         value = self.config.get(name, default)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
@@ -246,7 +246,7 @@ class Layer:
         Args:
             delta: A function that returns the addition in fp64, in the order [out, in, *kernel]. It may have
                 any shape with as many elements.
-            rank: A bound of its rank.
+            rank: A bound of the rank of the addition.
         """
         transposed = is_conv1d(self.module)
 
@@ -300,7 +300,7 @@ class Method:
     def derive_shared(
         self, layers: Sequence[Layer], shared: Mapping[str, Tensor]
     ) -> Mapping[str, Tensor]:
-        """Return the tensors that all layers share, with those that PEFT computes when it loads a folder.
+        """Return the tensors that all layers share, including those that PEFT computes when it loads them.
 
         Args:
             layers: All layers, in the order of the model.

@@ -83,7 +83,7 @@ class LycorisBoft(Method):
     roles = ("oft_blocks", "rescale")
 
     def is_file_layer(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return True if there are blocks for several stages."""
+        """Return True if the layer has orthogonal blocks for several stages, [stages, blocks, b, b]."""
         return "oft_blocks" in tensors and tensors["oft_blocks"].dim() == 4
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:

@@ -21,7 +21,7 @@ class Full(Method):
     roles = ("diff", "diff_b", "set_weight")
 
     def whole(self, layer: Layer) -> Mapping[str, Tensor]:
-        """Return the weight that ComfyUI puts in the place of the model's."""
+        """Return the weight of the file with which ComfyUI replaces the model's weight."""
         if "set_weight" not in layer.tensors:
             return {}
         if "diff" in layer.tensors:

@@ -37,7 +37,10 @@ class Ia3(Method):
 
 
 def _is_feedforward(layer: Layer, factors: Tensor) -> bool:
-    """Return True if the inputs are scaled: the configuration lists such modules, as names or a pattern."""
+    """Return True if the factors scale the inputs of a layer.
+
+    The configuration lists such modules, as names or a pattern.
+    """
     named = layer.config.get("feedforward_modules")
     if isinstance(named, str):
         return bool(re.fullmatch(named, layer.written))
@@ -77,7 +80,7 @@ class LycorisIa3(Method):
     roles = ("on_input", "weight")
 
     def is_file_layer(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return True if there is an ``on_input``: ``weight`` alone does not identify the method."""
+        """Return True if the layer has ``on_input``: ``weight`` alone does not identify the method."""
         return "on_input" in tensors
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:

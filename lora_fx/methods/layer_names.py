@@ -65,21 +65,21 @@ _OLD = {
 
 
 def check_part(component: str) -> None:
-    """Raise if there is no such part of a pipeline.
+    """Raise if ``component=`` is not the name of a part of a pipeline.
 
     Raises:
-        ConfigError: If there is no such part. The message lists the parts.
+        ConfigError: If the name is unknown. The message lists the parts.
     """
     if component not in tuple(PARTS):
         raise ConfigError(f"component={component!r}: it is one of {', '.join(map(repr, PARTS))}")
 
 
 def lora_role(key: str) -> tuple[str, str] | None:
-    """Return the layer and the role of a tensor of LoRA or DoRA, or None if it is neither.
+    """Return the layer and the role of a tensor of LoRA or DoRA, or None for a tensor of another method.
 
     Args:
-        key: Its key. The name of the layer ends in ``|old`` if the key has the form of the oldest releases of
-            diffusers.
+        key: The key of the tensor in the file. The name of the layer ends in ``|old`` if the key has the form
+            of the oldest releases of diffusers.
 
     Returns:
         The role is "A", "B", "alpha", "bias" (of B), "magnitude" (of DoRA, in PEFT's shape) or "dora_scale"
@@ -203,14 +203,14 @@ def _place(
     *,
     exact: bool,
 ) -> str | None:
-    """Return the module that a layer of the file belongs to.
+    """Return the name of the module that a layer of the file adapts, or None if the model has no such module.
 
     Args:
         path: The file.
         name: The name in the file, without the prefix of the part.
         modules: The modules of the model.
         flat: The modules' names, by the same names with ``_`` for ``.``.
-        exact: True if a module of exactly this name wins. In a flattened name each ``_`` may be a dot.
+        exact: True to prefer a module of exactly this name. In a flattened name each ``_`` may be a dot.
     """
     name, _, old = name.partition("|")
     candidates = [name]

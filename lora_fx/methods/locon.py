@@ -29,7 +29,7 @@ class LoCon(Method):
     roles = ("A", "B", MID, "bias")
 
     def is_file_layer(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return True if there is a factor."""
+        """Return True if the layer has A, B or a core tensor."""
         return any(role in tensors for role in ("A", "B", MID))
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:

@@ -53,7 +53,7 @@ class LoKr(Method):
 
 
 def _first(layer: Layer) -> tuple[Tensor, int, int | None]:
-    """Return W1 in fp64, a bound of its rank, and r if W1 is a product."""
+    """Return the left factor W1 in fp64, a bound of its rank, and r if W1 is a product; else None."""
     if "lokr_w1" in layer.tensors:
         full = layer.take("lokr_w1", None, None)
         return full.double(), min(full.shape), None
@@ -63,7 +63,7 @@ def _first(layer: Layer) -> tuple[Tensor, int, int | None]:
 
 
 def _second(layer: Layer, first: torch.Size) -> tuple[Tensor, int, int | None]:
-    """Return W2 in fp64, a bound of its rank as a matrix [rows, all other], and r if W2 is a product."""
+    """Return the right factor W2 in fp64, a bound of its rank as a matrix, and r if W2 is a product."""
     out, inputs, *kernel = layer.shape
     if out % first[0] or inputs % first[1]:
         raise layer.misfit(f"W1 is {list(first)}, and does not divide a weight {list(layer.shape)}")

@@ -146,7 +146,7 @@ def _warn_of_parts(
 
 
 def _warn_of_plain_lora(path: Path, layers: Iterable[_Tensors], methods: Sequence[Method]) -> None:
-    """Log a warning if no conversion is needed."""
+    """Log a warning if a file is plain LoRA or DoRA, which ``load_adapter`` reads without a conversion."""
     layers = list(layers)
     scales = [roles["dora_scale"][1] for roles in layers if "dora_scale" in roles]
     per_input = any(scale.shape[:1] == (1,) for scale in scales)
@@ -159,7 +159,7 @@ def _warn_of_plain_lora(path: Path, layers: Iterable[_Tensors], methods: Sequenc
 
 
 def _warn_of_scales(path: Path, layers: Iterable[_Tensors], methods: Sequence[Method]) -> None:
-    """Log a warning if a file says nothing of scales."""
+    """Log a warning if no layer of a file has an ``alpha``. The scale alpha / r is then taken to be 1."""
     scaled = [
         roles for roles in layers if any(method.scaled for method in _methods_of(roles, methods))
     ]
@@ -249,7 +249,7 @@ def _changes(layer: Layer, methods: Sequence[Method]) -> Iterator[ParameterChang
 
 
 def _with_magnitudes(layer: Layer, change: ParameterChange) -> ParameterChange:
-    """Return a change whose result has the magnitudes as norms, for each output or each input."""
+    """Return a change that also rescales its result to the magnitudes of DoRA, per output or per input."""
     role = "dora_scale" if "dora_scale" in layer.tensors else "magnitude"
     magnitudes = layer.take(role)
     out, inputs, *kernel = layer.shape

@@ -46,7 +46,7 @@ class Miss(Method):
 
 
 def _by_blocks(layer: Layer, block: Tensor) -> ParameterChange:
-    """Return the change of the mode "bat"."""
+    """Return the change of a layer in the mode "bat", which multiplies blocks [r, r] of its weight."""
     out, inputs = layer.shape
     size = block.shape[-1]
     if block.shape[1] != size or out % size or inputs % size:

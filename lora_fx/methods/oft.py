@@ -35,7 +35,7 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def check_rotation(layer: Layer) -> None:
-    """Raise if a layer of PEFT has groups, which a rotation of all inputs mixes."""
+    """Raise for a grouped convolution, because a rotation of all inputs would mix its groups."""
     layer.check_dims(2, 4)
     if layer.groups > 1:
         raise layer.error(
@@ -93,7 +93,7 @@ class Oft(Method):
 
 
 class _Rotations:
-    """Rotations [r, b, b] of stored entries [r, b (b - 1) / 2] above the diagonal."""
+    """Rotations [r, b, b]. A folder stores the entries above the diagonal of S, [r, b (b - 1) / 2]."""
 
     def __init__(self, layer: Layer, stored: Tensor, size: int) -> None:
         self.stored, self.size = stored, size
@@ -134,7 +134,7 @@ class _Rotations:
 
 
 def _before_018(config: Mapping[str, object]) -> bool:
-    """Return True if PEFT before 0.18 wrote a folder. It wrote no version."""
+    """Return True if a folder was written by PEFT before 0.18, or its configuration has no version."""
     version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or ""))
     return version is None or (int(version[1]), int(version[2])) < (0, 18)
 
@@ -148,7 +148,7 @@ class LycorisOft(Method):
     roles = ("oft_blocks", "rescale")
 
     def is_file_layer(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Return True if the blocks are a batch of matrices. BOFT has one for each of its stages."""
+        """Return True if the layer has a single batch of blocks. BOFT has a batch for each of its stages."""
         return "oft_blocks" in tensors and tensors["oft_blocks"].dim() != 4
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:
@@ -172,7 +172,7 @@ class LycorisOft(Method):
 
 
 def limit_of(layer: Layer) -> float:
-    """Return the upper bound of the norm of all blocks together; 0 for no bound."""
+    """Return the limit of the norm of a layer's skew-symmetric blocks, from ``alpha``; 0 for no limit."""
     return float(layer.tensors["alpha"].max()) * layer.shape[0] if "alpha" in layer.tensors else 0.0
 
 
@@ -186,7 +186,7 @@ def lycoris_rotations(blocks: Tensor, limit: float) -> Tensor:
 
 
 def rescaled(layer: Layer) -> Callable[[Tensor], Tensor]:
-    """Return a function that multiplies a weight by the factors of its outputs, if the file has some."""
+    """Return a function that multiplies a weight by the layer's output factors, if the file has them."""
     if "rescale" not in layer.tensors:
         return lambda weight: weight
     factors = layer.take("rescale", layer.shape[0], *[1] * (len(layer.shape) - 1))

@@ -137,7 +137,7 @@ def _layers(
     modules: Mapping[str, nn.Module],
     config: Mapping[str, Any],
 ) -> list[Layer]:
-    """Return the layers of an adapter in the order of the modules, in which PEFT computes on loading."""
+    """Return the layers of an adapter in the order of the model's modules, as PEFT goes through them."""
     first_names: dict[nn.Module, str] = {}
     for name, module in modules.items():
         first_names.setdefault(module, name)
@@ -165,7 +165,7 @@ def _bare(key: str) -> str:
 
 
 def _split(key: str, roles: tuple[str, ...]) -> tuple[str, str]:
-    """Return the layer and the role of a tensor; two empty texts if it has none of the roles.
+    """Split the key of a tensor into layer and role; return two empty strings for a key without a role.
 
     Rotations of OFT end in ``.weight``.
     """
@@ -177,7 +177,7 @@ def _split(key: str, roles: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _check_shared(folder: Path, key: str, value: Tensor, first: Tensor) -> None:
-    """Raise if copies of a tensor that all layers share differ: PEFT may save one for each layer."""
+    """Raise if two copies of a shared tensor differ. PEFT may save a copy for each layer."""
     if not torch.equal(value, first):
         raise CheckpointError(
             f"{folder}: {key} differs from the same tensor of another layer, which all layers share: the "
@@ -186,7 +186,10 @@ def _check_shared(folder: Path, key: str, value: Tensor, first: Tensor) -> None:
 
 
 def _stored_whole(key: str, value: Tensor, modules: Mapping[str, nn.Module]) -> str | None:
-    """Return the FQN of a parameter or buffer that is stored in full, if it has this shape."""
+    """Return the FQN of the parameter or buffer that a key of a folder stores in full.
+
+    None if the model has no such tensor of this shape.
+    """
     bare = join(*(atom for atom in key.split(".") if atom not in _WRAPPERS))
     for name in (key, bare):
         owner, _, leaf = name.rpartition(".")

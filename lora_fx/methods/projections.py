@@ -34,7 +34,7 @@ class Projected(Method):
     def draw(
         self, layer: Layer, rank: int, largest: tuple[int, int], generator: torch.Generator
     ) -> Mapping[str, Tensor]:
-        """Draw the matrices in the order of PEFT, by role.
+        """Draw the random matrices in the same order as PEFT, and return them by role.
 
         Args:
             layer: The first layer, for settings.
@@ -45,7 +45,7 @@ class Projected(Method):
 
 
 def _as_in_model(projection: Tensor, layers: Sequence[Layer]) -> Tensor:
-    """Return a random matrix with the rounding of PEFT, which keeps it in the dtypes of the layers."""
+    """Round a random matrix to the dtype of each layer, as PEFT does, and return it in fp32."""
     for layer in layers:
         dtype = layer.module.get_parameter("weight").dtype
         if dtype.is_floating_point:

@@ -54,7 +54,7 @@ class VbLora(Method):
 def _mixture(
     layer: Layer, factor: str, first: int | None, second: int, vectors: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the indices of the k chosen vectors and their weights, [.., .., k] each.
+    """Return the k chosen vectors of each piece of a factor, as indices, and their weights, [.., .., k] each.
 
     A folder has logits for all vectors, or, with ``save_only_topk_weights``, k indices and all weights but
     the last. The weights of a piece sum to 1.

@@ -1,6 +1,6 @@
 """Choice of the front-end.
 
-``symbolic`` if everything can be traced, else ``export`` if it sees more, else ``regions``.
+``symbolic`` if everything can be traced, else ``export`` if an export sees more weights, else ``regions``.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def capture(
 ) -> Capture:
     """Capture a model as graphs and check them; see :func:`lora_fx.capture`.
 
-    Without ``verify`` the graphs are not compared with the model. A rewrite does so, because it compares its
-    result.
+    Without ``verify`` the graphs are not compared with the model. A rewrite passes ``verify=False``, because
+    it compares its own result.
 
     Parameters that ZeRO-3 has partitioned are replaced by meta parameters of the full shape.
     :func:`lora_fx.passes.graph.put_partitions_back` undoes that.
@@ -81,7 +81,7 @@ def capture(
 def _keep_built_in_graphs(
     model: nn.Module, result: Capture, example_inputs: Any, notes: tuple[str, ...]
 ) -> Capture:
-    """Keep only the graphs of PyTorch's own layers, because another graph computes something else."""
+    """Drop the graphs of all modules but PyTorch's own layers, after the comparison with the model failed."""
     kept = {
         fqn: region
         for fqn, region in result.regions.items()
@@ -194,7 +194,7 @@ def _names(model: nn.Module) -> set[str]:
 
 
 def _not_symbolic(capture: Capture) -> str | None:
-    """Return the first reason why a module has no graph, or None if all modules of user code have one."""
+    """Return the first reason why a module has no graph, or None if every module of user code has a graph."""
     if "" in capture.opaque:
         return f"{type(capture.model).__name__}: {capture.opaque['']}"
     for fqn, reason in capture.opaque.items():

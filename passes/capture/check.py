@@ -82,7 +82,7 @@ class Count:
 
 
 def count_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Count:
-    """Run the model once, and count its weights.
+    """Run a model once, and return the weights that its linear operations apply.
 
     Args:
         model: Any module. A call must not change it.
@@ -112,7 +112,7 @@ class _Origin:
 
 
 class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
-    """Dispatch mode that classifies storages: parameter, computed from parameters, data, or neither."""
+    """Dispatch mode that finds applied weights: it notes which storages are parameters and which are data."""
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
@@ -151,6 +151,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         return result
 
     def _note(self, name: str, args: tuple[Any, ...]) -> None:
+        """Note the weights that a linear operator applies, found by the origins of its operands."""
         least = 1 if name in _VECTORS else 2
         operands = [
             [
@@ -171,12 +172,14 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
                 self.computed.add(frozenset(n for group in origin.names for n in group))
 
     def _becomes_data(self, result: Any) -> None:
+        """Note that an operator's results depend on the inputs of the model."""
         for tensor in _tensors((result,)):
             if storage_of(tensor) not in self._parameters:
                 self._origin.pop(holder_of(tensor), None)
                 self._data[holder_of(tensor)] = True
 
     def _becomes(self, result: Any, origins: list[_Origin], direct: bool) -> None:
+        """Note the parameters that an operator's results are computed from."""
         merged = _Origin(frozenset().union(*(o.names for o in origins)), direct)
         for tensor in _tensors((result,)):
             # A view shares the storage of its base, and so its origin.
@@ -281,6 +284,7 @@ def _reference(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, 
 
 
 def _in_words(run: Callable[[nn.Module, Any], _T], model: nn.Module, example_inputs: Any) -> _T:
+    """Call a function on a model and its example inputs, and raise other errors as CaptureError."""
     try:
         return run(model, example_inputs)
     except CaptureError:
@@ -298,7 +302,7 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:
-    """Return the output in eval mode. Every run starts from the same random state, and restores it."""
+    """Return a model's output in eval mode. Every run starts from the same random state, and restores it."""
     with torch.no_grad():
         return _called(model, example_inputs)
 
@@ -312,7 +316,7 @@ def _run_with_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, list[t
 
 
 def _run_with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
-    """Return the outputs of one call, or of two if the first changed state, and the change or None."""
+    """Run a model once, or twice if the first call changed its state. Return the outputs and the change."""
     before = State(model)
     outputs = [_run_with_inputs(model, example_inputs)]
     left = before.changed()
@@ -337,7 +341,10 @@ def _called_with(model: nn.Module, args: Any, kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """Disable the fast path of attention: graphs do not have it, and it writes zeros into padding."""
+    """Disable the fast path of attention inside the context, because it writes zeros into padding.
+
+    Graphs do not have a fast path.
+    """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -347,6 +354,7 @@ def _without_fast_path() -> Iterator[None]:
 
 
 def _own(value: Any) -> Any:
+    """Copy an example input, so that a call cannot change the user's object."""
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 

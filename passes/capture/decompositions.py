@@ -102,7 +102,10 @@ _FLAGS = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_tra
 
 
 def experts_implementation(module: nn.Module) -> str | None:
-    """Return the experts implementation set for a layer of transformers, or None for other modules."""
+    """Return the name of the experts implementation that a transformers layer uses, such as ``eager``.
+
+    None for other modules.
+    """
     if "transformers.integrations.moe" not in sys.modules:
         return None
     config = module.__dict__.get("config")
@@ -378,7 +381,7 @@ def _written_out_convolution(cls: type[nn.Module]) -> Callable[..., Any] | None:
 
 
 def _node(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Record a call of a function of lora-fx as one node."""
+    """Record a call of a lora_fx function as one node. Without a traced value, call the function."""
     values = pytree.tree_leaves((args, kwargs))
     proxy = next((value for value in values if issubclass(type(value), fx.Proxy)), None)
     if proxy is None:
@@ -397,7 +400,7 @@ WRITTEN_OUT: Mapping[type[nn.Module], Callable[..., Any]] = {
 
 
 def written_out(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the function to trace instead of a module's own ``forward``, or None."""
+    """Return the function to trace instead of a module's own ``forward``; None to trace its own."""
     cls = original_class(module)
     return (
         WRITTEN_OUT.get(cls)
@@ -409,7 +412,7 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def written_conditions(module: nn.Module) -> tuple[str, ...]:
-    """Return Python expressions in ``self`` that are true if the written-out forward no longer applies."""
+    """Return guard expressions in ``self`` that are true if the written-out forward no longer applies."""
     chosen = experts_implementation(module)
     if chosen is None:
         return ()
@@ -443,7 +446,7 @@ def holds_quantized(module: nn.Module) -> bool:
 
 
 def setup_of(module: nn.Module) -> tuple[Any, ...] | None:
-    """Return the settings on which the graph of a library's quantized layer depends, or None."""
+    """Return the settings on which the graph of a library's quantized layer depends; None for others."""
     if written_out_layer(module, original_class(module)) is None:
         return None
     known = format_of(module._parameters["weight"])

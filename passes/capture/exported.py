@@ -33,7 +33,7 @@ MODULE_STACK = "nn_module_stack"
 ONE_AT_A_TIME = threading.RLock()
 """Lock held while ``torch.export`` or the ONNX exporter runs, because both use global state.
 
-It is reentrant, because an export to ONNX may capture in the same thread.
+The lock is reentrant, because an export to ONNX may capture in the same thread.
 """
 
 
@@ -78,7 +78,7 @@ def add_exported(capture: Capture, example_inputs: Any, dynamic_shapes: Any = No
 
 
 def _outputs(*values: Any) -> Any:
-    """Stand for the class of a model's output."""
+    """Return the values. An exported graph calls this instead of the class of the model's output."""
     return values
 
 
@@ -104,7 +104,7 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
 
 @contextmanager
 def _named_arguments(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
-    """Add the arguments of ``**kwargs`` to the signature, because ``torch.export`` would lose them.
+    """Add example arguments for ``**kwargs`` to the forward's signature: ``torch.export`` would lose them.
 
     Python objects that the forward changes are restored at the end.
     """
@@ -139,7 +139,7 @@ def _module_of(program: ExportedProgram, model: nn.Module) -> fx.GraphModule:
 
 
 def _name_tensors(graph: fx.Graph, model: nn.Module) -> None:
-    """Rename tensors of a module with several names to its first name. Raise for nested graphs."""
+    """Make nodes read a tensor by the first name of its module. Raise if the graph calls another graph."""
     first = {module: name for name, module in model.named_modules()}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -159,7 +159,7 @@ def _has_module(model: nn.Module, name: str) -> bool:
 
 
 def _name_placeholders(graph: fx.Graph, inputs: dict[str, Any]) -> None:
-    """Name placeholders after the parameters, and erase the placeholders of arguments that are no tensors."""
+    """Name placeholders after arguments of forward. Erase placeholders of arguments that are no tensors."""
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     leaves = [(name, leaf) for name, value in inputs.items() for leaf in pytree.tree_leaves(value)]
     if len(placeholders) != len(leaves):

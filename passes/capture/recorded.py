@@ -106,21 +106,21 @@ class _Recorded(nn.Module):
         return _noted(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute. The graph must not run then, because it would not do that."""
+        """Set an attribute, and note that the graph must not run, because it would not set the attribute."""
         _recorders[self].doubts(
             f"its forward writes to {_path(self, name)}, an attribute of a module"
         )
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """Delete an attribute. The graph must not run then, because it would not do that."""
+        """Delete an attribute, and note that the graph must not run, because it would not delete it."""
         _recorders[self].doubts(
             f"its forward deletes {_path(self, name)}, an attribute of a module"
         )
         super().__delattr__(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Record a call of a child."""
+        """Record a call of a child module as one node."""
         return _recorders[self].call_child(self, args, kwargs)
 
 
@@ -136,7 +136,7 @@ def _path(module: nn.Module, name: str) -> str:
 
 
 def _internal(module: nn.Module, name: str, value: Any) -> Any:
-    """Note if code iterates over the modules in a container, or over all attributes. Return the value."""
+    """Return an internal attribute of a module, and note reads of its dicts, such as ``_modules``."""
     caller = str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0]
     recorder = _recorders.get(module)
     if recorder is None:
@@ -149,7 +149,7 @@ def _internal(module: nn.Module, name: str, value: Any) -> Any:
 
 
 def _note_method(recorder: Recorder, module: nn.Module, name: str, value: Any) -> None:
-    """Note a read of a method. A guard compares a method of the root, because its class may replace it."""
+    """Note a read of a method of a module. If the module is the root, a guard compares the method."""
     if isinstance(getattr(value, "__self__", None), type):
         recorder.doubts(f"its forward calls {name}, a method of its class")
         return

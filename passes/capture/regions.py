@@ -191,7 +191,7 @@ def _computes_with_its_weight(module: nn.Module, graph: fx.Graph) -> bool:
 
 
 def _has_its_own_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Return True if a module does not run the forward of a class, but another one."""
+    """Return True if a module's forward is not that of ``cls``, but set by a subclass or on the instance."""
     return "forward" in module.__dict__ or type(module).forward is not cls.forward
 
 

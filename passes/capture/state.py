@@ -65,7 +65,7 @@ class State:
         self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
 
     def add(self, name: str, value: Any) -> None:
-        """Record a further container before code may change it."""
+        """Add a container to the snapshot, before code may change the container."""
         self._record(name, value)
 
     def restore(self) -> str | None:

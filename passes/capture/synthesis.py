@@ -48,10 +48,10 @@ def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """Return the arguments, by name, of the call for which the whole model is captured as a graph.
+    """Return the example inputs by argument name, for a capture of the whole model as one graph.
 
-    A transformers model returns a cache by default, which no graph can. So the call has ``use_cache=False``,
-    unless the example inputs set it.
+    A transformers model returns a cache by default, which a graph cannot return. So the arguments include
+    ``use_cache=False``, unless the example inputs set it.
 
     Args:
         model: The model.
@@ -95,9 +95,9 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 def by_place(
     model: nn.Module, example_inputs: Any, named: dict[str, Any]
 ) -> tuple[Any, ...] | None:
-    """Return the example inputs as positional arguments, if calling by keyword may be a different call.
+    """Return the example inputs as positional arguments, if a call by keyword may have another result.
 
-    It may be different for a forward with ``*args`` or ``**kwargs``, such as that of a decorator.
+    This is possible for a forward with ``*args`` or ``**kwargs``, such as that of a decorator.
 
     Args:
         model: The model.
@@ -146,7 +146,7 @@ class _Synthesis:
 
     Attributes:
         inputs: Keyword arguments or a tensor, on the model's device; None if the inputs are not described.
-        words: The source of the inputs, or the reason.
+        words: The source of the inputs, or the reason why they are missing.
     """
 
     inputs: Any
@@ -247,7 +247,7 @@ def _pixels(config: Any) -> torch.Tensor:
 
 
 def _sound(config: Any) -> torch.Tensor | None:
-    """Return a spectrogram, or a waveform of a few frames, or None."""
+    """Return a random spectrogram or a short waveform for an audio model; None for other models."""
     bins = getattr(config, "num_mel_bins", None)
     if bins and hasattr(config, "max_source_positions"):  # Whisper
         return _random(bins, 2 * config.max_source_positions)

@@ -180,7 +180,8 @@ class Recorder(fx.Tracer):
         names: Name of each module in the tree of the root, by module.
         fixed: Names of the forward's arguments that are not traced.
         code: The code object of the forward.
-        looked_at: For each module in the tree, the number of reads minus the number of calls.
+        looked_at: For each module in the tree, the number of reads minus the number of calls. If it is
+            positive, code has read the module without a call, and a guard checks that the module exists.
     """
 
     proxy_buffer_attributes = True
@@ -217,7 +218,7 @@ class Recorder(fx.Tracer):
         raise Untraceable(reason)
 
     def doubts(self, reason: str) -> None:
-        """Note why the graph must not run, and go on."""
+        """Note a reason why the graph must not run, and continue the trace."""
         self.doubt = self.doubt or reason
 
     # --- the trace
@@ -304,7 +305,7 @@ class Recorder(fx.Tracer):
         return self._known[target]
 
     def known_shape(self, value: fx.Proxy) -> torch.Size | None:
-        """Return the shape of a parameter, which does not depend on the inputs, or None for other values."""
+        """Return the shape of a parameter, and note it for a guard. Return None for other traced values."""
         node = value.__dict__.get("node")
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
@@ -355,7 +356,7 @@ class Recorder(fx.Tracer):
         )
 
     def create_arg(self, a: Any) -> Any:
-        """Return an argument of a node. A tensor that the code has created becomes an unknown value."""
+        """Convert a value to an argument of a node. A tensor that the code has created becomes unknown."""
         if issubclass(type(a), fx.Proxy):
             return a.node
         if isinstance(a, torch.Tensor):
@@ -373,7 +374,7 @@ class Recorder(fx.Tracer):
         return super().create_arg(a)
 
     def call_child(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Record a call of a child."""
+        """Record a call of a child module as one node."""
         if module is self.root:
             self.end("its forward calls the module itself")
         self.looked_at[self.names[module]] -= 1
@@ -381,7 +382,10 @@ class Recorder(fx.Tracer):
 
 
 def _unknown() -> NoReturn:
-    """Stand for a tensor that the code has created. A graph with it never runs."""
+    """Raise. A node with this function stands for a tensor that traced code has created.
+
+    A graph with such a node never runs.
+    """
     raise NotImplementedError
 
 
@@ -492,7 +496,7 @@ def _is_import(frame: FrameType | None) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _globals_of(code: CodeType) -> dict[str, bool]:
-    """Return the globals and builtins that code reads, each with True if it reads an attribute of it."""
+    """Return the globals and builtins that code reads, each with True if an attribute of it is read."""
     names: dict[str, bool] = {}
     instructions = list(dis.get_instructions(code))
     for instruction, following in itertools.pairwise(instructions):
@@ -504,11 +508,11 @@ def _globals_of(code: CodeType) -> dict[str, bool]:
 
 @functools.lru_cache(maxsize=4096)
 def _is_invisible_to_proxies(code: CodeType, known: frozenset[str]) -> bool:
-    """Return True if code does something that proxies cannot see.
+    """Return True if code does something that proxies cannot see, such as a comparison with ``is``.
 
     Args:
         code: The code.
-        known: Names of its arguments that are not traced. It may compare these with None.
+        known: Names of arguments that are not traced, which the code may compare with None.
     """
     before: dis.Instruction | None = None
     for instruction in dis.get_instructions(code):
@@ -525,6 +529,7 @@ def _is_invisible_to_proxies(code: CodeType, known: frozenset[str]) -> bool:
 
 
 def _modes() -> tuple[bool, ...]:
+    """Return the states of gradient mode, inference mode and autocast."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

@@ -88,7 +88,7 @@ def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) ->
 
 
 def exchange(model: nn.Module, before: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Make everything that a model reaches refer to its present parameters instead of replaced ones.
+    """Replace references to former parameters by the present parameters, in all objects of a model.
 
     Args:
         model: A model in which parameters of modules were replaced. Its lists, objects and functions may
@@ -163,7 +163,7 @@ class _Following:
         self._made: dict[int, Any] = {}
 
     def reaches(self, value: Any) -> bool:
-        """Return True if a value reaches a part of the original."""
+        """Return True if a value refers to a part of the original, directly or through other objects."""
         originals, none = self._originals, self._none
         seen: dict[int, Any] = {id(value): value}
         pending, atoms = [value], self._atoms
@@ -188,7 +188,7 @@ class _Following:
         return False
 
     def path(self, value: Any) -> str | None:
-        """Return the path to a part of the original that a value reaches, or None."""
+        """Return the path of attributes from a value to a part of the original, or None if there is none."""
         if not self.reaches(value):
             return None
         seen: dict[int, Any] = {id(value): value}
@@ -246,6 +246,7 @@ class _Following:
         return self._made.setdefault(id(value), (value, self._rebuilt(value)))[1]
 
     def _rebuilt(self, value: Any) -> Any:
+        """Return an object like ``value`` that refers to copies. Objects of the copy are changed in place."""
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, types.MethodType):
@@ -398,7 +399,7 @@ def _is_apart(value: Any) -> bool:
 
 
 def stands_apart(module: str | None) -> bool:
-    """Return True if a Python module is of a library whose objects are no part of a model."""
+    """Return True for the name of a Python module whose objects are never a part of a model."""
     return (module or "").partition(".")[0] in _APART
 
 
@@ -467,6 +468,7 @@ def share_copy(
 
 
 def _leave_out(model: nn.Module, absent: Collection[int]) -> None:
+    """Delete the attributes of modules whose values have these ids."""
     for module in model.modules():
         for key in [key for key, value in vars(module).items() if id(value) in absent]:
             del vars(module)[key]
@@ -484,6 +486,7 @@ def _check_whole(model: nn.Module) -> None:
 
 
 def _settle(model: nn.Module, libraries: Sequence[LibraryLayers]) -> None:
+    """Let libraries adjust their layers in a finished copy, and freeze its parameters."""
     for layers in libraries:
         layers.adopt(model)
     for module in model.modules():
@@ -540,7 +543,7 @@ def check_model(model: object) -> None:
 
 
 def _twin(parameter: nn.Parameter, memo: dict[int, Any], *, own: bool) -> nn.Parameter:
-    """Return a frozen parameter over the same memory, or over a copy of it if `own` is True."""
+    """Return a frozen parameter over the same memory, or over copied memory if `own` is True."""
     if is_partitioned(parameter):
         return partitioned_twin(parameter, own=own)
     known = format_of(parameter)

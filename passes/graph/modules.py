@@ -61,7 +61,7 @@ def is_built_in(module: nn.Module) -> bool:
 def graphs_of(model: nn.Module) -> dict[str, fx.Graph]:
     """Return the graphs of a captured or rewritten model by FQN (``""`` is the root), parents first.
 
-    For a module that runs its own forward, it is the captured graph.
+    For a module that runs its own forward, the result has the graph that was captured.
     """
     modules = dict(model.named_modules())
     running = {name: getattr(type(m), GRAPH) for name, m in modules.items() if is_region(m)}

@@ -105,7 +105,7 @@ def _declared(names: str) -> tuple[list[str], list[str]]:
 
 
 def erase_unread(graph: fx.Graph, operand: fx.Node) -> None:
-    """Erase an unread operand and the chain of first inputs that only it reads.
+    """Erase a node without readers, and then each first input that has no other readers.
 
     Args:
         graph: The graph. It is edited.

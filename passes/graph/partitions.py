@@ -41,7 +41,7 @@ def is_partitioned(tensor: torch.Tensor) -> bool:
 
 
 def whole_shape(tensor: torch.Tensor) -> torch.Size:
-    """Return the full shape of a tensor, also if ZeRO-3 has partitioned it."""
+    """Return the full shape of a tensor, even if ZeRO-3 has partitioned the tensor."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
 
@@ -217,7 +217,7 @@ def _is_owned(module: nn.Module) -> bool:
 
 
 def module_of_hook(hook: Any) -> str:
-    """Return the name of the module that a hook of a module comes from."""
+    """Return the name of the Python module that defines a hook."""
     hook = getattr(hook, "hook", hook)  # torch's wrapper around some
     owner = getattr(hook, "__self__", None)
     return str(getattr(hook, "__module__", None) if owner is None else type(owner).__module__)
@@ -229,7 +229,7 @@ def _is_hook(hook: Any) -> bool:
 
 @contextmanager
 def without_zero_init() -> Iterator[None]:
-    """Remove the patches of ``deepspeed.zero.Init`` from functions and classes of torch, for a while.
+    """Remove the patches of ``deepspeed.zero.Init`` from functions and classes of torch in a context.
 
     With the patches, constructors of tensors return another dtype, and new modules are partitioned.
     """

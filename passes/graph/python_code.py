@@ -101,7 +101,10 @@ class Code:
 
 
 def _reading_base(source: str, node: fx.Node) -> str:
-    """Change the line of a node to read the base's parameter. The attribute has the adapters applied."""
+    """Change the source line of a node so that it reads a parameter of the base.
+
+    The attribute itself has the adapters applied.
+    """
     name = str(node.target).rpartition(".")[2]
     leaf = re.escape(name)
     line = re.compile(

@@ -73,7 +73,7 @@ class Read:
         raise NotImplementedError
 
     def constant(self) -> Any:
-        """Return the global that the condition needs."""
+        """Return the value of the global that :meth:`condition` uses; None if there is no such global."""
         return None
 
     @property
@@ -139,7 +139,7 @@ class ShapeRead(Read):
 
 @dataclasses.dataclass(frozen=True)
 class ChildrenRead(Read):
-    """Names of the modules in a container; see :func:`children_of`."""
+    """Names of the modules in a container, which have to stay the same; see :func:`children_of`."""
 
     names: tuple[str, ...]
 
@@ -150,7 +150,7 @@ class ChildrenRead(Read):
 
 @dataclasses.dataclass(frozen=True)
 class ForwardRead(Read):
-    """The ``forward`` of the module's own class."""
+    """The ``forward`` of the module's own class, which has to stay the same function."""
 
     path: str = ""
 
@@ -161,7 +161,7 @@ class ForwardRead(Read):
 
 @dataclasses.dataclass(frozen=True)
 class MethodRead(ObjectRead):
-    """A method of the module's own class. The path is its name."""
+    """A method of the module's own class, which has to stay the same. The path is the method's name."""
 
     def condition(self, constant: str) -> str:
         """Return the comparison; see :class:`Read`."""
@@ -174,7 +174,7 @@ class MethodRead(ObjectRead):
 
 @dataclasses.dataclass(frozen=True)
 class GlobalRead(Read):
-    """A global of a Python module. The path is its name.
+    """A global of a Python module, which has to stay equal. The path is the name of the global.
 
     Attributes:
         module: Name of the Python module.
@@ -194,7 +194,7 @@ class GlobalRead(Read):
 
 
 def _is_findable(function: Any) -> bool:
-    """Return True if the name of a function leads to it."""
+    """Return True if a function can be found by its module and name, as pickle does."""
     try:
         named: Any = pkgutil.resolve_name(f"{function.__module__}:{function.__qualname__}")
     except (AttributeError, ImportError, ValueError):
@@ -203,7 +203,7 @@ def _is_findable(function: Any) -> bool:
 
 
 def _spelled(path: str) -> str:
-    """Return an expression for an attribute. Layers in lists have numbers as names."""
+    """Return a Python expression that reads an attribute path from ``self``, such as ``layers.0.scale``."""
     code = "self"
     for name in path.split(".") if path else ():
         code = f"{code}.{name}" if name.isidentifier() else f"getattr({code}, {name!r})"
@@ -234,9 +234,9 @@ def children_of(modules: Mapping[str, nn.Module | None]) -> tuple[str, ...]:
 
 
 class Unchanged:
-    """Predicate that is true if all values that were read from a module are unchanged.
+    """Predicate of a module that is true if the values that a trace read from the module are unchanged.
 
-    It can be pickled. Equal predicates check the same values.
+    The predicate can be pickled. Equal predicates check the same values.
     """
 
     def __init__(self, cls: type[nn.Module], reads: Iterable[Read]) -> None:

@@ -48,7 +48,7 @@ __all__ = ["install", "uninstall", "wraps_own_forward"]
 
 
 def _refusal(base: type[nn.Module]) -> Callable[..., Any]:
-    """Return a forward that raises, for a class whose own forward cannot read its quantized weight."""
+    """Return a fallback that raises, for a class whose own forward cannot read its quantized weight."""
 
     def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise CaptureError(
@@ -124,7 +124,7 @@ def _wrapped(module: nn.Module) -> types.CellType | None:
 
 
 def _keep_wrapped(module: nn.Module, cell: types.CellType | None) -> None:
-    """Make a wrapper call the forward of the module's present class."""
+    """Make a wrapper on an instance call the forward of the class that the module has now."""
     if cell is not None:
         cell.cell_contents = types.MethodType(type(module).forward, module)
 
@@ -172,7 +172,7 @@ _dispatchers: weakref.WeakValueDictionary[type[nn.Module], Callable[..., Any]] =
 
 
 def _dispatching(base: type[nn.Module]) -> Callable[..., Any]:
-    """Return the ``forward`` of all regions of a class, which runs the graph of the module's present class.
+    """Return the ``forward`` that all regions of a class share. It runs the graph of the present class.
 
     Trainers keep a reference to ``module.forward`` and call it from a function that they set on the module.
     Switching adapters changes the module's class. So this ``forward`` looks up the class at each call.
@@ -248,7 +248,7 @@ def _reduces_plainly(cls: type) -> bool:
 
 
 def _kept_of(cls: Any) -> tuple[Any, ...]:
-    """Return the arguments from which a region's class is rebuilt, after the module's own class."""
+    """Return the graph, the fallback flag and the kept flag of a region's class, to rebuild the class."""
     return freeze(getattr(cls, GRAPH)), getattr(cls, _FALLBACK), getattr(cls, KEPT)
 
 

@@ -68,12 +68,12 @@ class Parameter:
 
     @property
     def variadic(self) -> bool:
-        """Return True if it is ``*args`` or ``**kwargs``."""
+        """Return True if the parameter is ``*args`` or ``**kwargs``."""
         return bool(self.stars)
 
     @property
     def stars(self) -> str:
-        """Return the prefix of its name: ``*``, ``**`` or an empty string."""
+        """Return the prefix of the parameter's name: ``*``, ``**`` or an empty string."""
         return _STARS.get(self.kind, "")
 
 
@@ -244,7 +244,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         return declared
 
     def _passed(self) -> list[str]:
-        """Return the arguments of the fallback, by name after the first :attr:`positional` ones.
+        """Return code for the fallback's arguments: the first :attr:`positional` by position, others by name.
 
         Decorators of transformers add ``use_cache`` by name if it is not among the keywords.
         """
@@ -275,12 +275,12 @@ class _Omitted(enum.Enum):
 
 
 def _without_omitted(**named: Any) -> dict[str, Any]:
-    """Return the arguments whose value is not that default: those that the caller passed."""
+    """Return the arguments that the caller has passed: those whose value is not :class:`_Omitted`."""
     return {name: value for name, value in named.items() if value is not _Omitted.ARGUMENT}
 
 
 def _literal(value: Any) -> bool:
-    """Return True if ``repr`` of a value is a Python expression. It is none for enum members or infinity."""
+    """Return True if ``repr`` of a value is a Python expression, unlike for enum members or infinity."""
     return type(value) in _SIMPLE and (not isinstance(value, float) or math.isfinite(value))
 
 

@@ -48,7 +48,7 @@ class _Part:
 
     Attributes:
         placement: Placement with the dimension that is sharded.
-        spec: Layout of the parameter under tensor parallelism, or None if that does not shard it.
+        spec: Layout of the parameter under tensor parallelism, or None without tensor parallelism.
         size: Size of the tensor that FSDP2 shards: the parameter, or its local part under tensor
             parallelism.
     """
@@ -58,7 +58,7 @@ class _Part:
     size: torch.Size
 
     def stand_in(self, like: torch.Tensor) -> nn.Parameter:
-        """Return an unsharded parameter on the meta device, to which ``fully_shard`` is applied."""
+        """Return an unsharded meta parameter, which replaces the real parameter during ``fully_shard``."""
         local = torch.empty(self.size, dtype=like.dtype, device="meta")
         if self.spec is not None:
             from torch.distributed.tensor import DTensor
@@ -109,7 +109,7 @@ def units_of(model: nn.Module) -> tuple[ShardedUnit, ...]:
 
 
 def _names(parameter: Any, names: Mapping[nn.Module, str]) -> Iterator[str]:
-    """Yield the FQNs of a parameter, which several modules may share."""
+    """Yield the FQNs of a parameter of FSDP2, which several modules may share."""
     info = torch_private.fsdp_owner(parameter)
     yield join(names[info.module], info.param_name)
     for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):

@@ -104,7 +104,7 @@ def _asked(capture: Capture) -> tuple[dict[str, list[Site]], dict[str, Rejection
 
 
 def ask(node: fx.Node, region: Region) -> Match:
-    """Return the first match of a pattern with a node, or None."""
+    """Match a node with the patterns, in order. Return the first site or refusal, or None."""
     for pattern in patterns():
         try:
             seen = pattern.match(node, region)
@@ -121,7 +121,10 @@ def ask(node: fx.Node, region: Region) -> Match:
 
 
 def _joined(sites: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[Site] | Rejection:
-    """Join the sites of one weight into a site of the whole weight, or one for each of its parts."""
+    """Join all operations on a weight into a site, or into a site for each range of rows that they apply.
+
+    Return a refusal if other nodes read the weight, or if the ranges overlap.
+    """
     whole = site_name(sites[0].weight)
     own = {(call.region, call.output) for site in sites for call in site.calls}
     for read in reads:
@@ -149,11 +152,10 @@ def _joined(sites: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[Sit
 
 
 def _first_way(sites: list[Site]) -> tuple[list[Site], list[Read]]:
-    """Return the operations that share one pair of factors, and the remaining operations as reads.
+    """Split the operations on a weight into those that get a branch, and the others, which become reads.
 
-    All of them apply the same weight. The remaining operations read the adapted weight instead of getting a
-    branch. Operations in the module that owns the weight have precedence, then those that apply the whole
-    weight.
+    Operations with a branch share one pair of factors. The others read the adapted weight. Operations in the
+    module that owns the weight get a branch first, then those that apply the whole weight.
     """
 
     def order(site: Site) -> tuple[bool, bool]:
@@ -238,7 +240,7 @@ def _remedy() -> str:
 
 
 def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
-    """Yield the FQN and the refusal of each weight that cannot be adapted, regardless of its readers."""
+    """Yield the FQN and the refusal of each weight that no operation could adapt, such as a sparse weight."""
     for fqn, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -265,7 +267,10 @@ def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
 
 
 def _contained(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield refusals for matrices of a container: an adapter's module in it would count as a layer."""
+    """Yield the name of each matrix that a container of layers owns, with a refusal.
+
+    The module of an adapter would count as a layer of the container.
+    """
     holder = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
     if holder and not isinstance(module, parametrize.ParametrizationList):
         for name, parameter in module._parameters.items():
@@ -282,12 +287,15 @@ def _library_of(cls: type[nn.Module]) -> LibraryLayers | None:
 
 
 def _holds_weights(module: nn.Module) -> bool:
-    """Return True if a quantized module is a layer, and not the holder of its packed weights."""
+    """Return True if a module of a quantization library is a layer, and not a child with packed weights."""
     return "Packed" not in original_class(module).__name__
 
 
 def _codes(module: nn.Module) -> list[str]:
-    """Return the names of the quantized matrices of a module, or of all its matrices, or ``weight``."""
+    """Return the names of the quantized matrices of a module.
+
+    If it has none, return the names of all its matrices; without any matrix, ``weight``.
+    """
     codes = [
         name
         for name, parameter in module._parameters.items()

@@ -113,7 +113,7 @@ def find_head(capture: Capture, matches: Matches) -> Matches:
 
 
 def _named(layers: list[str], sites: tuple[Site, ...]) -> Iterator[str]:
-    """Yield the last layer of a root without a graph, if its name is that of a head."""
+    """Yield the weight of the last layer in ``layers`` if its name is that of a head, such as ``lm_head``."""
     last = layers[-1:]
     for site in sites:
         if site.family == "linear" and [site.owner] == last and last[0] in _HEAD_NAMES:
@@ -121,6 +121,7 @@ def _named(layers: list[str], sites: tuple[Site, ...]) -> Iterator[str]:
 
 
 def _declared(model: nn.Module) -> Iterator[str]:
+    """Yield the weights of the heads that a model itself declares, as transformers and timm models do."""
     names = {id(module): name for name, module in model.named_modules()}
     for method in ("get_output_embeddings", "get_classifier"):
         try:
@@ -168,7 +169,10 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def _last_regions(capture: Capture) -> list[Region]:
-    """Return the root, or, if it has no graph, the siblings of a transformers model's base model."""
+    """Return the regions in which to search for the head.
+
+    Search the root or, if it has no graph, the siblings of a transformers model's base model.
+    """
     if "" in capture.regions:
         return [capture.regions[""]]
     base = getattr(capture.model, "base_model_prefix", "")
@@ -184,6 +188,7 @@ def _last_regions(capture: Capture) -> list[Region]:
 def _descend(
     capture: Capture, region: Region, outputs: dict[tuple[str, str], str], with_sites: set[str]
 ) -> Iterator[str]:
+    """Yield the weights of heads, in a search from each output of a region back along dominators."""
     above = _dominators(region.graph)
     for node in _leaves(region.graph):
         current: fx.Node | str | None = node
@@ -230,11 +235,13 @@ def _dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node | str]:
 
 
 def _leaves(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that a graph returns."""
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     return list(output.all_input_nodes)
 
 
 def _is_block(model: nn.Module, fqn: str) -> bool:
+    """Return True if a module has siblings of its class and children, as a layer of a transformer has."""
     module = model.get_submodule(fqn)
     parent, _, _ = fqn.rpartition(".")
     if isinstance(module, nn.Sequential) and fqn.rpartition(".")[2] in _HEAD_NAMES:
@@ -314,7 +321,7 @@ def find_routers(capture: Capture, matches: Matches) -> Matches:
 
 
 def _experts(model: nn.Module) -> dict[str, set[int]]:
-    """Return the possible numbers of experts by FQN: lengths of lists and of stacked weights."""
+    """Return the numbers of experts that each module may have: lengths of its lists and stacks, by FQN."""
     counts: dict[str, set[int]] = defaultdict(set)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -328,7 +335,7 @@ def _experts(model: nn.Module) -> dict[str, set[int]]:
 
 
 def _above(owner: str) -> Iterator[str]:
-    """Yield the FQNs of the module that owns the weight, its parent and grandparent."""
+    """Yield the FQNs of a module, of its parent and of its grandparent."""
     for _ in range(3):
         yield owner
         if not owner:
@@ -384,7 +391,7 @@ def find_losses(capture: Capture, matches: Matches) -> Matches:
 
 
 def _why_whole(capture: Capture, site: Site) -> str | None:
-    """Return the reason why logits cannot be computed in chunks, or None if no reason is known."""
+    """Return the reason why the logits of a head cannot be computed in chunks, or None."""
     if site.quantized is not None:
         return "the head's weight is quantized"
     if site.out_features <= site.in_features:
@@ -401,7 +408,10 @@ def _why_whole(capture: Capture, site: Site) -> str | None:
 
 
 def _has_one_form(capture: Capture) -> bool:
-    """Return True if the root has a graph and its forward has no optional arguments."""
+    """Return True if the root has a graph and its forward has no optional arguments.
+
+    A cross entropy that is not in the graph is then computed in no call.
+    """
     if "" not in capture.regions:
         return False
     parameters = inspect.signature(capture.model.forward).parameters.values()
@@ -451,13 +461,13 @@ class _Flow:
         arrives: Callable[[Region, fx.Node, fx.Node], bool],
         through: frozenset[str],
     ) -> _Path:
-        """Follow the output of a node.
+        """Follow the output of a node from reader to reader, up to a target.
 
         Args:
             key: Key of the region.
             name: Name of the node.
-            arrives: Returns True for the target. It gets a region, a node that reads the value, and the
-                value.
+            arrives: Function that returns True for the target. Its arguments are a region, a node that reads
+                the value, and the value.
             through: Names of the operations that keep the last axis.
         """
         region = self._regions.get(key)
@@ -544,6 +554,7 @@ def _asks_for_shape(node: fx.Node) -> bool:
 
 
 def _passed(inputs: Iterable[fx.Node], call: fx.Node, node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the placeholders that get the value of ``node`` in a call of a module."""
     inputs = list(inputs)
     for placeholder, value in zip(inputs, call.args, strict=False):
         if value is node:
@@ -565,6 +576,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _chooses(_: Region, user: fx.Node, value: fx.Node) -> bool:
+    """Return True if ``user`` chooses experts by the scores in ``value``, along the last axis."""
     declared = _CHOICES.get(_name(user))
     if declared is None or user.args[:1] != (value,):
         return False
@@ -579,7 +591,7 @@ def _chooses(_: Region, user: fx.Node, value: fx.Node) -> bool:
 
 
 def _number_chosen(node: fx.Node) -> int:
-    """Return how many experts a node chooses for each token; 0 if the graph does not say it."""
+    """Return how many experts a node chooses for each token; 0 if the number is not a constant."""
     if _name(node) in ("argmax", "max"):
         return 1
     count = arguments(node, _CHOICES["topk"])["k"] if _name(node) == "topk" else None
@@ -637,7 +649,7 @@ def find_parts(capture: Capture, matches: Matches) -> Matches:
 
 
 def _callers(capture: Capture) -> dict[int, list[fx.Node]]:
-    """Return the nodes that call each module, by its id, in complete and in partial graphs."""
+    """Return the nodes that call each module, in complete and in partial graphs, by the module's id."""
     callers: dict[int, list[fx.Node]] = defaultdict(list)
     graphs = {fqn: region.graph for fqn, region in capture.regions.items()}
     modules = dict(capture.model.named_modules(remove_duplicate=False))
@@ -663,7 +675,7 @@ def _outputs(capture: Capture, site: Site, callers: dict[int, list[fx.Node]]) ->
 
 
 def _division(node: fx.Node, size: int) -> tuple[_Rows, ...]:
-    """Return the ranges into which the users of a node divide its last dimension; () if they do not."""
+    """Return the ranges into which the users of a node divide its whole last dimension, or ()."""
     cuts: set[_Rows] = set()
     for user in node.users:
         cuts.update(_cuts(user, size))
@@ -674,6 +686,7 @@ def _division(node: fx.Node, size: int) -> tuple[_Rows, ...]:
 
 
 def _cuts(user: fx.Node, size: int) -> Iterator[_Rows]:
+    """Yield the ranges of the last dimension, of this size, that a node takes from its input."""
     target = target_of(user)
     if splits(user):
         if arguments(user, SPLIT)["dim"] in _LAST:
@@ -696,6 +709,7 @@ def _cuts(user: fx.Node, size: int) -> Iterator[_Rows]:
 
 
 def _between(lengths: Iterable[int]) -> Iterator[_Rows]:
+    """Yield consecutive ranges of some lengths, from 0 on."""
     edges = [0, *itertools.accumulate(lengths)]
     return itertools.pairwise(edges)
 
@@ -770,7 +784,7 @@ class Mark(Pass):
     """Pass that marks some of the operations.
 
     Attributes:
-        operations: The operations that it marks, in words.
+        operations: The operations that the pass marks, in words.
         find: Returns the matches with the marks.
     """
 
@@ -785,7 +799,7 @@ class Mark(Pass):
         return f"mark-{self.operations}"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Mark the operations."""
+        """Set the marks in the matches of a capture."""
         assert capture.matches is not None
         return PassResult.of(capture, matches=self.find(capture, capture.matches))
 

@@ -60,7 +60,7 @@ def readers(capture: Capture) -> dict[str, list[Read]]:
 
 
 def no_product(weight: str, reads: list[Read]) -> Rejection | None:
-    """Return the refusal of a weight that no pattern matches, or None for tables and biases."""
+    """Return the refusal of a weight that graphs read but no pattern matches; None for tables and biases."""
     # A bias for each expert is a table, too.
     if all(read.operation in _NO_PRODUCTS for read in reads) or weight.endswith("bias"):
         return None
@@ -100,7 +100,7 @@ def nameless(capture: Capture) -> dict[str, Rejection]:
 
 
 def _places(module: nn.Module) -> dict[int, dict[tuple[int, str], str]]:
-    """Return the FQNs of each parameter by its id: an FQN for each pair of owner's id and key."""
+    """Return the FQNs of each parameter, by the parameter's id, and then by the owner's id and the key."""
     names: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
     for fqn, owner in module.named_modules():
         for key, parameter in owner._parameters.items():

@@ -80,7 +80,7 @@ class FactorNames:
 
     @property
     def present(self) -> tuple[str, ...]:
-        """The names that are not empty."""
+        """The names of the tensors that the kind has: A, B and slots, without empty names."""
         return tuple(name for name in (self.a, self.b, *self.slots) if name)
 
 
@@ -98,12 +98,12 @@ class SiteFactors:
 
     @property
     def a(self) -> nn.Parameter:
-        """A, of a kind that has factors."""
+        """The factor A. Only a kind that has factors has A."""
         return self._factor(self.names.a)
 
     @property
     def b(self) -> nn.Parameter:
-        """B, of a kind that has factors."""
+        """The factor B. Only a kind that has factors has B."""
         return self._factor(self.names.b)
 
     def _factor(self, name: str) -> nn.Parameter:
@@ -147,10 +147,10 @@ def factor_names(row: PlannedSite) -> FactorNames:
 
 
 def other_rows(model: nn.Module, row: PlannedSite) -> list[tuple[str, PlannedSite]]:
-    """Return the other adapters that the kind of a site reads, each with its site.
+    """Return the other adapters whose factors the kind of a site reads, each with its own planned site.
 
     Raises:
-        ConfigError: If the model does not have one of them, or it is not plain LoRA at the site.
+        ConfigError: If the model lacks such an adapter, or the adapter is not plain LoRA at the site.
     """
     names = kind_of(row).reads
     record = record_of(model) if names else None
@@ -181,10 +181,10 @@ def shapes_of(row: PlannedSite) -> Factors:
 
 
 def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
-    """Return the tensors named by :func:`factor_names`.
+    """Return the factors and slots of an adapter at a site, under the names of :func:`factor_names`.
 
     Raises:
-        CaptureError: If FSDP1 has them in shards.
+        CaptureError: If FSDP1 shards the factors.
     """
     holder, names = model.get_submodule(row.site.holder), factor_names(row)
     factors = {name: _tensor_of(holder.get_submodule(name), adapter) for name in names.present}
@@ -215,7 +215,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]
 
 
 def frozen_parameters(model: nn.Module, adapter: str, rows: Iterable[PlannedSite]) -> set[int]:
-    """Return the ids of the factors of an adapter that its kinds do not train."""
+    """Return the ids of the factors of an adapter that the kinds of its sites do not train."""
     frozen: set[int] = set()
     for row in rows:
         if letters := kind_of(row).frozen:
@@ -242,7 +242,7 @@ def drop_factors(model: nn.Module, adapter: str) -> None:
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in the dtype in which starts are computed: fp64 if it has that already, else fp32."""
+    """Return a tensor in fp32, or unchanged if it is fp64. Initial values are computed in this dtype."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
@@ -282,7 +282,7 @@ def as_matrices(site: Site, part: torch.Tensor) -> torch.Tensor:
 def as_factors(
     shapes: Factors, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the site's A and B from [n, r/g, in] and [n, out, r/g]."""
+    """Reshape A [n, r/g, in] and B [n, out, r/g] to the shapes in which a site stores its factors."""
     return a.reshape(shapes.a).contiguous(), b.reshape(shapes.b).contiguous()
 
 
@@ -299,21 +299,21 @@ _INDICES = "token_indices"
 
 
 def rows_name(row: PlannedTokens, adapter: str) -> str:
-    """Return the FQN of the trained rows, [n, width]."""
+    """Return the FQN of the parameter with an adapter's trained rows of an embedding, [n, width]."""
     return join(row.site.holder, _HOLDER, _ROWS, adapter)
 
 
 def indices_name(row: PlannedTokens, adapter: str) -> str:
-    """Return the FQN of the indices of the trained rows.
+    """Return the FQN of the buffer with the indices of an adapter's trained rows.
 
-    For a lookup it is [vocabulary]: the index of each token among the trained ones, -1 for any other. For a
-    product it is [n]: the tokens.
+    For a lookup the buffer is [vocabulary]: the index of each token among the trained tokens, or -1. For a
+    product the buffer is [n]: the trained tokens.
     """
     return join(row.site.holder, _HOLDER, _INDICES, adapter)
 
 
 def tokens_of(model: nn.Module, row: PlannedTokens, adapter: str) -> nn.Parameter:
-    """Return the trained rows, [n, width], which replace those of the weight."""
+    """Return the parameter with an adapter's trained rows, [n, width], which replace rows of the weight."""
     return model.get_parameter(rows_name(row, adapter))
 
 

@@ -59,7 +59,7 @@ class FactorLayout:
 
 
 def check_layouts(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
-    """Raise for sites whose weight has placements that no factors can follow.
+    """Raise for sites whose weight is split over processes in a way that its factors cannot be.
 
     Raises:
         ConfigError: With the first such site. All processes raise the same error.
@@ -135,7 +135,7 @@ def _compare(gathered: list[dict[str, str]], adapter: str) -> None:
 
 
 def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> None:
-    """Raise for an adapter with parameters that nothing would keep equal in all processes.
+    """Raise if parameters of an adapter that is added to a sharded model could differ between processes.
 
     Args:
         model: A rewritten model.
@@ -213,7 +213,7 @@ def factor_layout(model: nn.Module, row: PlannedSite) -> FactorLayout:
 
 
 def _check_cut(row: PlannedSite, weight: torch.Tensor, size: int, placement: Any) -> None:
-    """Raise for a placement of a weight that no branch can follow."""
+    """Raise if the factors of a site cannot be split over processes as its weight is."""
     site, reason = row.site, ""
     is_matrix = site.family == "linear" and len(site.weight_shape) == 2
     if not is_matrix or site.rows is not None or site.view is not None or site.part_of or row.tied:

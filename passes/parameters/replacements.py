@@ -74,7 +74,7 @@ def replaceable(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the base's modules, by their first name or by each of them."""
+    """Yield the modules of the base, each with its first name, or with each of its names."""
     # Same order as named_modules, which is slower because it yields each module through all its parents.
     seen: set[nn.Module] = set()
     pending = [("", model)]
@@ -129,7 +129,7 @@ def in_adapter(model: nn.Module, name: str) -> bool:
 
 
 def own_value(model: nn.Module, adapter: str, name: str) -> torch.Tensor:
-    """Return an adapter's value for a tensor of the base. An inactive adapter has it in storage."""
+    """Return an adapter's value for a tensor of the base, which is in storage for an inactive adapter."""
     owner, leaf = _owner(model, name)
     stored = owner._modules.get(KEPT + leaf)
     if stored is not None and (adapter in stored._parameters or adapter in stored._buffers):
@@ -172,7 +172,7 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
-    """Replace tensors of the base by the stored values of an adapter."""
+    """Replace tensors of the base by the stored values of an adapter that becomes active."""
     for _, owner, leaf in _places(model, names):
         stored = owner._modules[KEPT + leaf]
         assert isinstance(stored, KeptTensors)
@@ -197,7 +197,7 @@ def place_base(
     *,
     keep: bool = True,
 ) -> None:
-    """Put the base's own parameters back, and store the adapter's values.
+    """Put the base's own parameters back when an adapter becomes inactive, and store its values.
 
     Args:
         model: A rewritten model.
@@ -259,6 +259,7 @@ def put_back(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
 
 
 def _beside(owner: nn.Module, leaf: str) -> KeptTensors:
+    """Return the module that stores inactive adapters' values of a tensor, and add it if it is missing."""
     if KEPT + leaf not in owner._modules:
         owner.add_module(KEPT + leaf, KeptTensors().train(owner.training))
     stored = owner.get_submodule(KEPT + leaf)
@@ -267,7 +268,7 @@ def _beside(owner: nn.Module, leaf: str) -> KeptTensors:
 
 
 def _places(model: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, nn.Module, str]]:
-    """Yield each parameter once, also in a module that the model contains several times."""
+    """Yield the name, the module and the attribute of each tensor, once if a module has several names."""
     seen: set[tuple[int, str]] = set()
     for name in names:
         owner, leaf = _owner(model, name)
@@ -310,7 +311,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor without its gradient. ZeRO-3 needs the parameter itself, with its attributes."""
+    """Return a tensor detached from autograd, or the parameter itself if ZeRO-3 partitions it."""
     return tensor if is_partitioned(tensor) else tensor.detach()
 
 
@@ -342,7 +343,7 @@ def _from_partitions(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 @contextmanager
 def answering(name: str) -> Iterator[None]:
-    """Turn the error of a communication that fails into one that names the tensor.
+    """Replace the error of a failed communication by an error that names the tensor.
 
     Raises:
         ProcessError: If another process does not answer.
@@ -358,7 +359,7 @@ def answering(name: str) -> Iterator[None]:
 
 
 def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> torch.Tensor:
-    """Return this process's part of a value that every process has, without communication.
+    """Split a value that every process has into a ``DTensor``, without communication.
 
     Args:
         value: The whole value.
@@ -380,7 +381,7 @@ def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> 
 
 
 def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Return a tensor split like another one, from this process's part, without communication."""
+    """Return a ``DTensor`` with the placements of ``like``, from this process's part. Nothing is sent."""
     from torch.distributed.tensor import DTensor
 
     reference: Any = like
@@ -396,7 +397,7 @@ def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 
 def distributed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return a whole value split like another tensor; the value itself if that tensor is whole.
+    """Split a whole value over processes like another tensor. If ``like`` is whole, return the value itself.
 
     For a tensor that ZeRO-3 partitions the result is a parameter that ZeRO-3 manages.
     """
@@ -409,7 +410,7 @@ def distributed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def agreed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the value of the first of the processes that share a tensor. They may have drawn different ones.
+    """Return the value that the first process has, because processes may have drawn different values.
 
     Args:
         value: The whole value.
@@ -441,7 +442,7 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Make FSDP2 register its parts of all parameters, even if it keeps the whole ones after a call."""
+    """Make FSDP2 put the shards of all parameters back, even if it keeps whole parameters after a call."""
     for module in model.modules():
         if is_unit(module):
             owner: Any = module

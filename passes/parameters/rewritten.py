@@ -143,7 +143,10 @@ def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]
 
 
 def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
-    """Yield weights with a gradient that an adapter's initialization has replaced, and the adapter's name."""
+    """Yield weights that require a gradient and whose values an adapter's initialization has replaced.
+
+    Each weight comes with the name of the adapter.
+    """
     for adapter in record.active:
         entry = record.adapters[adapter]
         weights = {row.site.weight for row in entry.sites} - set(entry.given)
@@ -153,7 +156,7 @@ def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]
 
 
 def _replaced_modules(model: nn.Module, record: Record) -> Iterator[str]:
-    """Yield the FQNs of modules that have replaced a region of the rewrite."""
+    """Yield the FQNs of modules with which the user has replaced a region after the rewrite."""
     if not any(is_guarded(parameter) for parameter in _distinct(model)):
         return  # it is a copy, in which new modules cannot be recognized
     for fqn, module in base_modules(model):
@@ -218,6 +221,7 @@ def _claim_loaded(
 
 
 def _distinct(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield each parameter of the base once, without those of scripted modules."""
     seen: set[int] = set()
     for _, module in base_modules(model):
         # A scripted module was copied, and shares no memory.
@@ -241,7 +245,7 @@ def _can_train(parameter: nn.Parameter) -> bool:
 def _sharing_bytes(
     parameter: nn.Parameter, candidates: Iterable[nn.Parameter]
 ) -> list[nn.Parameter]:
-    """Return a parameter and all that share bytes with it. They move together, so that they stay tied."""
+    """Return a parameter and all parameters that share bytes with it, which have to move together."""
     group = {id(parameter): parameter}
     if not _is_plain(parameter) or is_partitioned(parameter):
         return [parameter]
@@ -264,6 +268,7 @@ def _sharing_bytes(
 
 
 def _give_storage(group: list[nn.Parameter]) -> None:
+    """Move parameters that share bytes to a new storage, in which they share bytes in the same way."""
     with torch.inference_mode(False), torch.no_grad():
         if not _is_plain(group[0]):
             group[0].data = group[0].detach().clone()
@@ -386,6 +391,7 @@ def check_intact(model: nn.Module, record: Record) -> None:
 
 
 def _lost(model: nn.Module, record: Record) -> Iterator[str]:
+    """Yield a message for each layer, row or tensor of an adapter that the model does not have any more."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for adapter, entry in record.adapters.items():
         for row in entry.sites:
@@ -420,7 +426,7 @@ def _lost_at_site(modules: dict[str, nn.Module], row: PlannedSite, adapter: str)
 
 
 def _module_now_at(modules: dict[str, nn.Module], fqn: str) -> str:
-    """Say which module is at the name where an adapter's parameters were."""
+    """Return words for an error: which module now has the name of a module with an adapter's parameters."""
     module = modules.get(fqn)
     if module is None:
         return f" (there is no module {fqn})"
@@ -431,7 +437,7 @@ def _module_now_at(modules: dict[str, nn.Module], fqn: str) -> str:
 
 
 def _has(modules: dict[str, nn.Module], name: str) -> bool:
-    """Return True if there is such a parameter or buffer."""
+    """Return True if a module in ``modules`` has the parameter or buffer of this FQN."""
     owner, _, leaf = name.rpartition(".")
     module = modules.get(owner)
     if module is None:
@@ -501,7 +507,7 @@ def _check_not_transformed(verb: str, model: Any) -> None:
 
 
 def _in_original(verb: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a verb on a model that is not rewritten, without the wrappers that checkpoint its layers."""
+    """Run a function of lora_fx on a model before the rewrite, without checkpoint wrappers of its layers."""
     inner = _unwrapped(model, (_CHECKPOINTED,))
     with without_zero_init(), _layers_unwrapped(inner, (_CHECKPOINTED,)) as wrapped:
         result = verb(inner, *args, **kwargs)
@@ -518,7 +524,7 @@ def _in_original(verb: Callable[..., Any], model: nn.Module, *args: Any, **kwarg
 
 
 def _wrapped_again(wrapper: nn.Module, inner: nn.Module) -> nn.Module:
-    """Copy a wrapper, around another module."""
+    """Return a copy of a checkpoint wrapper, around another module."""
     inside = wrapper._modules[_CHECKPOINTED]
     assert inside is not None
     if _CHECKPOINTED in inside._modules:
@@ -610,7 +616,7 @@ def mark_adapted(model: nn.Module, *, adapted: bool) -> None:
 
     Args:
         model: A copy that lora_fx made; it is changed.
-        adapted: True if it has adapters.
+        adapted: True if the copy has adapters.
     """
     for module in model.modules():
         if module.__dict__.get("hf_quantizer") is not None:

@@ -99,7 +99,7 @@ def register_pattern(pattern: Pattern) -> None:
             ``match`` only.
 
     Raises:
-        ConfigError: If it lacks one of these attributes, or its name is taken.
+        ConfigError: If the pattern lacks one of these attributes, or its name is taken.
     """
     global _registry  # noqa: PLW0603  registration changes every later match
     parts = ("name", "match", "factors", "branch", "delta", "flops")

@@ -105,7 +105,7 @@ class _Convolution:
         return Factors(a, (site.out_features, rank // site.groups, *(1 for _ in kernel)))
 
     def flops(self, site: Site, rank: int) -> int:
-        """Return twice the number of elements of both factors, for one output position."""
+        """Return the FLOPs of a branch for one output position: twice the size of both factors."""
         return 2 * self.factors(site, rank).numel
 
 
@@ -168,7 +168,7 @@ class ConvTransposePattern(_Convolution):
 
 
 def _turned(site: Site, build: BranchBuilder) -> fx.Node:
-    """Return A in the layout of a transposed convolution: [in, r/g, *k]."""
+    """Add nodes that bring A into the layout of a transposed convolution, [in, r/g, *k]."""
     if site.groups == 1:
         return build.call(Role.DOWN, torch.transpose, build.a, 0, 1)
     grouped = build.call(Role.DOWN, torch.unflatten, build.a, 0, (site.groups, -1))

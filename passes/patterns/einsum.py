@@ -158,7 +158,10 @@ def _sizes(seen: _Seen) -> dict[str, int]:
 
 
 def _axes(kept: str, out: str) -> tuple[int, ...]:
-    """Return the axes of the kept letters, counted from the end, or () if an ellipsis follows one."""
+    """Return the axes of the kept letters in the output, counted from the end.
+
+    Return () if an ellipsis follows a kept letter.
+    """
     behind = out.rpartition("...")[2]
     if not set(kept) <= set(behind):
         return ()

@@ -26,7 +26,7 @@ _ATEN = "weight input|indices padding_idx=-1 scale_grad_by_freq=False sparse=Fal
 
 
 def lookup(node: fx.Node) -> tuple[fx.Node, int | None, bool]:
-    """Return the input of a lookup, its padding index, and True if its gradient is scaled by frequency."""
+    """Return the arguments of an embedding node: input, ``padding_idx``, ``scale_grad_by_freq``."""
     named = arguments(node, _FUNCTIONAL if node.target is F.embedding else _ATEN)
     padding = named["padding_idx"]
     if node.target is not F.embedding and padding == -1:

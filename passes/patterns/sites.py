@@ -57,7 +57,7 @@ def make_site(
 ) -> Site:
     """Return a site with one call. Its output has the features in the last axis.
 
-    For anything else, change the site with ``dataclasses.replace``, or its call with :func:`with_call`.
+    For other outputs, change the site with ``dataclasses.replace``, or its call with :func:`with_call`.
 
     Args:
         region: The region of the node.
@@ -108,7 +108,10 @@ def with_call(site: Site, **changes: Any) -> Site:
 
 
 def _bias_parameter(bias: object, rows: tuple[int, int] | None, region: Region) -> fx.Node | None:
-    """Return the node of the parameter that is a bias, whole or cut to the weight's rows, or None."""
+    """Return the parameter node of a bias argument, or None.
+
+    The argument may be the whole parameter, or its range for the rows of the weight.
+    """
     if not isinstance(bias, fx.Node):
         return None
     if region.parameter(bias) is not None:
@@ -170,7 +173,7 @@ _CUTS = frozenset({"detach", "detach_", "detach.default"})
 
 
 def computed(region: Region, node: fx.Node, weight: Any) -> Rejection | None:
-    """Return a refusal if the weight is computed from a parameter before it is applied, or None."""
+    """Return a refusal if a weight is computed from a parameter before an operation applies it, or None."""
     source = constant_of(weight, region)
     if source is None:
         return None
@@ -184,7 +187,7 @@ def computed(region: Region, node: fx.Node, weight: Any) -> Rejection | None:
 
 
 def unknown(region: Region, node: fx.Node, names: str) -> Rejection | None:
-    """Return a refusal of an operation that is called with an unknown argument.
+    """Return a refusal of an operation that reads a weight and is called with an unknown argument.
 
     Args:
         region: The region of the node.

@@ -53,13 +53,13 @@ class WeightView:
     Attributes:
         source: The ``get_attr`` node of the parameter.
         shape: The shape of the view, before rows are cut and matrices transposed.
-        viewed: True if that is not the parameter's own shape.
-        order: Permutation of the dimensions before the view; None for none.
+        viewed: True if ``shape`` is not the parameter's own shape.
+        order: Permutation of the parameter's dimensions before the view; None for no permutation.
         transposed: True if the last two dimensions are swapped.
-        rows: Range of its rows (start, stop); None for all.
+        rows: Range of rows (start, stop) that is read; None for all rows.
         indexed: True if ``index`` selects matrices along the first of three dimensions.
-        index: A number, or the node of a tensor of numbers.
-        cast: True if it is read in another dtype.
+        index: The index of a matrix, or the node of a tensor of indices.
+        cast: True if the parameter is read in another dtype.
     """
 
     source: fx.Node
@@ -74,12 +74,12 @@ class WeightView:
 
     @property
     def plain(self) -> bool:
-        """Return True if it is the parameter itself, apart from a cast."""
+        """Return True if the view is the whole parameter as it is stored, apart from a cast."""
         return dataclasses.replace(self, cast=False) == WeightView(self.source, self.shape)
 
     @property
     def dim(self) -> int | None:
-        """Return the number of dimensions, or None if it depends on the shape of the index."""
+        """Return the number of dimensions of the view, or None if the number depends on an index tensor."""
         if not self.indexed:
             return len(self.shape)
         return len(self.shape) - 1 if isinstance(self.index, int) else None
@@ -149,7 +149,7 @@ def part_lengths(node: fx.Node, size: int) -> list[int]:
 
 
 def constant_of(node: object, region: Region) -> fx.Node | None:
-    """Return a parameter that an expression without inputs reads, or None for other expressions."""
+    """Return a parameter that a node is computed from, or None if the node depends on inputs of the graph."""
     parameter: fx.Node | None = None
     pending, seen = [node], set()
     while pending:
@@ -188,7 +188,10 @@ def _getattr(node: fx.Node, inner: WeightView) -> WeightView | None:
 
 
 def _permuted(node: fx.Node, inner: WeightView) -> WeightView | None:
-    """Return the view with the last two dimensions swapped or as before. A meta tensor shows which."""
+    """Return the view after a permutation that swaps the last two dimensions or none, else None.
+
+    A meta tensor shows what the permutation does.
+    """
     # With a tensor of indices the number of dimensions is unknown. The result must be the same for all three.
     dim_counts = (2, 3, 4) if inner.dim is None else (inner.dim,)
     orders = [(_order(node, dims), tuple(range(dims))) for dims in dim_counts]
@@ -297,7 +300,7 @@ def _indexed(inner: WeightView, index: object) -> WeightView | None:
 
 
 def _rows(inner: WeightView, start: Any, stop: Any) -> WeightView | None:
-    """Return the view of a range of rows, if the matrix is read as it is stored."""
+    """Return the view of a range of rows; None if the matrix is not read as it is stored."""
     if not inner.plain or inner.dim != 2:
         return None
     if not all(isinstance(bound, int | None) for bound in (start, stop)):
