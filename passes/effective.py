@@ -199,7 +199,7 @@ class _Change(NamedTuple):
 
     def applied(self, weight: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the weight with the changes of all sites, in its own shape and dtype."""
-        self._check_means_something()
+        self._check_weight_exists()
         first = self.adapted.rows[0].planned
         if isinstance(first, PlannedSite) and first.deploy is not None:
             result = _deployed(first, weight, factors)
@@ -250,7 +250,7 @@ class _Change(NamedTuple):
         wanted = any(factor.requires_grad for factor in self.factors)
         return weight.requires_grad or not (wanted and torch.is_grad_enabled())
 
-    def _check_means_something(self) -> None:
+    def _check_weight_exists(self) -> None:
         """Raise if the adapted weight does not exist as a single tensor.
 
         With dropout, or with an adapter for each sample, only products with the weight are defined.

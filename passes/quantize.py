@@ -424,7 +424,7 @@ class Quantize(Pass):
             if self.progress is not None:
                 self.progress(done, len(self.rows), row.name)
             self._store(capture.model, row)
-        _hand_on(capture.model, before)
+        _replace_references(capture.model, before)
         if self.progress is not None:
             self.progress(len(self.rows), len(self.rows), "")
         return PassResult(dataclasses.replace(capture, regions=regions), True)
@@ -501,7 +501,7 @@ class Quantize(Pass):
         follow_state(owner, site.parameter, layer=layer)
 
 
-def _hand_on(model: nn.Module, before: list[tuple[str, nn.Parameter]]) -> None:
+def _replace_references(model: nn.Module, before: list[tuple[str, nn.Parameter]]) -> None:
     """Replace the dense weights in lists, objects and functions of a model by the quantized weights."""
     try:
         exchange(model, before)

@@ -207,7 +207,7 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
     Raises:
         CaptureError: If the inputs do not fit the model, the outputs differ by more than 1e-6.
     """
-    reference, left = _reference(model, example_inputs, _run_with_what_is_left)
+    reference, left = _reference(model, example_inputs, _run_until_state_settles)
     runs = _runnable(capture.model, capture.regions.values())
     try:
         outputs = [_run_with_inputs(runs, example_inputs) for _ in reference]
@@ -271,7 +271,7 @@ def watch_reference(model: nn.Module, example_inputs: Any) -> Count:
     """
 
     def watch(runs: nn.Module, inputs: Any) -> Count:
-        args, kwargs = pytree.tree_map(_own, normalize(inputs))
+        args, kwargs = pytree.tree_map(_copied_input, normalize(inputs))
         with torch.random.fork_rng(devices=_devices(runs)):
             return count_weights(runs.eval(), args, kwargs)
 
@@ -309,13 +309,13 @@ def _run(model: nn.Module, example_inputs: Any) -> Any:
 
 def _run_with_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, list[torch.Tensor]]:
     """Return the output, and the input tensors after the call, which may write into them."""
-    inputs = pytree.tree_map(_own, normalize(example_inputs))
+    inputs = pytree.tree_map(_copied_input, normalize(example_inputs))
     with torch.no_grad():
         output = _called_with(model, *inputs)
     return output, [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
 
 
-def _run_with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
+def _run_until_state_settles(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
     """Run a model once, or twice if the first call changed its state. Return the outputs and the change."""
     before = State(model)
     outputs = [_run_with_inputs(model, example_inputs)]
@@ -327,7 +327,7 @@ def _run_with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[
 
 def _called(model: nn.Module, example_inputs: Any) -> Any:
     # Copy the inputs, because a forward may write into tensors and caches.
-    return _called_with(model, *pytree.tree_map(_own, normalize(example_inputs)))
+    return _called_with(model, *pytree.tree_map(_copied_input, normalize(example_inputs)))
 
 
 def _called_with(model: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -353,7 +353,7 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def _own(value: Any) -> Any:
+def _copied_input(value: Any) -> Any:
     """Copy an example input, so that a call cannot change the user's object."""
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 

@@ -60,12 +60,12 @@ def match(capture: Capture) -> Matches:
     read, one_of_several = readers(capture), nameless(capture)
     sites: dict[str, list[Site]] = {}
     for weight, applications in applied.items():
-        applications, other_reads = _first_way(applications)
+        applications, other_reads = _split_by_branch(applications)
         reads = [*read.pop(weight, ()), *other_reads]
         mixed = [
             weight_read
             for weight_read in reads
-            if not _has_its_own(weight_read, applications, capture)
+            if not _can_read_adapted_weight(weight_read, applications, capture)
         ]
         joined = one_of_several.get(weight) or _joined(applications, mixed)
         if isinstance(joined, Rejection):
@@ -151,7 +151,7 @@ def _joined(sites: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[Sit
     return ordered
 
 
-def _first_way(sites: list[Site]) -> tuple[list[Site], list[Read]]:
+def _split_by_branch(sites: list[Site]) -> tuple[list[Site], list[Read]]:
     """Split the operations on a weight into those that get a branch, and the others, which become reads.
 
     Operations with a branch share one pair of factors. The others read the adapted weight. Operations in the
@@ -168,7 +168,7 @@ def _first_way(sites: list[Site]) -> tuple[list[Site], list[Read]]:
     return same, [Read(call.region, call.output, call.pattern) for call in calls]
 
 
-def _has_its_own(read: Read, sites: list[Site], capture: Capture) -> bool:
+def _can_read_adapted_weight(read: Read, sites: list[Site], capture: Capture) -> bool:
     """Return True if a read can get the adapted weight while operations with branches get the base weight.
 
     The two need separate nodes in the graph. So the views between the weight and these operations must be

@@ -197,7 +197,7 @@ def _descend(
             if weight is not None:
                 yield weight
                 break
-            if _is_beside(current):
+            if _is_secondary_output(current):
                 break
             if current.op == "call_module":
                 child = join(region.fqn, str(current.target))
@@ -208,7 +208,7 @@ def _descend(
             current = above.get(current)
 
 
-def _is_beside(node: fx.Node) -> bool:
+def _is_secondary_output(node: fx.Node) -> bool:
     """Return True if a node selects a secondary part of a module's output, such as states or features."""
     of_module = bool(node.args) and getattr(node.args[0], "op", "") == "call_module"
     part = node.args[1] if of_module and len(node.args) > 1 else None
@@ -383,7 +383,7 @@ def find_losses(capture: Capture, matches: Matches) -> Matches:
         readers = sorted({name for path in paths for name in path.other_readers})
         if reason is None and arrives and readers:
             reason = f"they are read by {readers[0]}, too"
-        if reason is None and not arrives and _has_one_form(capture):
+        if reason is None and not arrives and _has_no_optional_arguments(capture):
             reason = "no cross entropy of them is computed in the model's forward"
         return dataclasses.replace(site, loss=reason or "chunked")
 
@@ -407,7 +407,7 @@ def _why_whole(capture: Capture, site: Site) -> str | None:
     return None
 
 
-def _has_one_form(capture: Capture) -> bool:
+def _has_no_optional_arguments(capture: Capture) -> bool:
     """Return True if the root has a graph and its forward has no optional arguments.
 
     A cross entropy that is not in the graph is then computed in no call.

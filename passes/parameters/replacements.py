@@ -215,7 +215,7 @@ def place_base(
             # A copy, because training modes write into it.
             owner._buffers[leaf] = original.to(statistic.device, statistic.dtype, copy=True)
             if keep:
-                _beside(owner, leaf).register_buffer(adapter, statistic)
+                _get_or_add_storage(owner, leaf).register_buffer(adapter, statistic)
             continue
         old = owner.get_parameter(leaf)
         if not keep and isinstance(original, nn.Parameter) and is_partitioned(original):
@@ -234,7 +234,7 @@ def place_base(
             # Exchange only the values, because the library and the optimizer refer to this parameter.
             if keep:
                 values = (gathered(old, name) if is_partitioned(old) else old.detach()).clone()
-                _beside(owner, leaf).add(adapter, nn.Parameter(values))
+                _get_or_add_storage(owner, leaf).add(adapter, nn.Parameter(values))
             write(old, original)
             continue
         memory = memory_of(original)
@@ -244,7 +244,7 @@ def place_base(
             vars(live[memory]).update(vars(old))  # such as attributes that transformers sets
         owner._parameters[leaf] = live[memory]
         if keep:
-            _beside(owner, leaf).add(adapter, old)
+            _get_or_add_storage(owner, leaf).add(adapter, old)
 
 
 def put_back(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
@@ -258,7 +258,7 @@ def put_back(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
         owner._parameters[leaf] = before[name]
 
 
-def _beside(owner: nn.Module, leaf: str) -> KeptTensors:
+def _get_or_add_storage(owner: nn.Module, leaf: str) -> KeptTensors:
     """Return the module that stores inactive adapters' values of a tensor, and add it if it is missing."""
     if KEPT + leaf not in owner._modules:
         owner.add_module(KEPT + leaf, KeptTensors().train(owner.training))
