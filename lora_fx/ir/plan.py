@@ -198,6 +198,8 @@ class Plan:
         merge_into: The storage for which the sites have a ``least_change``; empty for none.
         advice: Advice on the targets, the rank and the learning rate.
         spent: The use of a budget; None without one.
+        sample_flops: Forward FLOPs of the linear operations of the base for one sample; None without
+            ``sample_cost``, and if the positions of one of them are unknown.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -222,6 +224,7 @@ class Plan:
     merge_into: str = ""
     advice: Advice = dataclasses.field(default_factory=Advice)
     spent: Spending | None = None
+    sample_flops: int | None = None
 
     def _predicted(self) -> str:
         """Return in words how large changes have to be to survive a merge."""

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from lora_fx.passes.plan.advice import with_advice
-from lora_fx.passes.plan.choice import priced, sample_cost, tied_embedding, with_sample_cost
+from lora_fx.passes.plan.choice import (
+    base_flops,
+    priced,
+    sample_cost,
+    tied_embedding,
+    with_sample_cost,
+)
 from lora_fx.passes.plan.peft_experts import expert_names, with_experts
 from lora_fx.passes.plan.planning import (
     MakePlan,
@@ -19,6 +25,7 @@ __all__ = [
     "FindSavings",
     "MakePlan",
     "at_rank",
+    "base_flops",
     "choose",
     "expert_names",
     "foreign_factors",

@@ -32,8 +32,8 @@ from lora_fx.ir import (
     folded,
     grouped,
 )
-from lora_fx.passes.parameters import base_modules, matrix_shape
-from lora_fx.passes.plan.choice import positions_of
+from lora_fx.passes.parameters import base_modules
+from lora_fx.passes.plan.choice import base_flops, positions_of, positions_read
 
 __all__ = ["with_advice"]
 
@@ -100,7 +100,7 @@ def _flops(
         mapping if the numbers of their positions are unknown.
     """
     used = _times_used(sites, routers, model)
-    flops = {site.name: used.get(site.name, 1.0) * _flops_at_a_position(site) for site in sites}
+    flops = {site.name: used.get(site.name, 1.0) * base_flops(site) for site in sites}
     of_convolutions = sum(flops[site.name] for site in sites if site.family == "conv")
     if of_convolutions <= _CONVOLUTIONS * sum(flops.values()):
         return flops
@@ -108,25 +108,8 @@ def _flops(
     if any(site.name not in positions for site in sites):
         return {}
     return {
-        site.name: flops[site.name]
-        * (
-            positions[site.name].inputs
-            if site.family == "conv" and site.layout == "in_out"
-            else positions[site.name].outputs
-        )
-        for site in sites
+        site.name: flops[site.name] * positions_read(site, positions[site.name]) for site in sites
     }
-
-
-def _flops_at_a_position(site: Site) -> float:
-    """Return the FLOPs of an operation for one token or, in a convolution, for one position.
-
-    All experts of a stack count as one expert.
-    """
-    count, out, inner = matrix_shape(site)
-    matrices = 1 if site.experts else count
-    times = max(Counter(call.region for call in site.calls).values())
-    return 2.0 * matrices * out * inner * times
 
 
 def _times_used(

@@ -16,7 +16,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,16 +38,19 @@ from lora_fx.errors import ConfigError
 from lora_fx.ir import Capture, Matches, Plan, PlannedSite, PlannedTokens, Site
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import Listener, normalize, synthesise
-from lora_fx.passes.parameters import base_dtype, base_modules, shapes_of
+from lora_fx.passes.parameters import base_dtype, base_modules, matrix_shape, shapes_of
 from lora_fx.passes.patterns import lookup, pattern_of
 from lora_fx.torch_private import pytree
 
 __all__ = [
     "Choice",
     "Positions",
+    "SampleCost",
+    "base_flops",
     "choices",
     "planned_tokens",
     "positions_of",
+    "positions_read",
     "priced",
     "sample_cost",
     "tied_embedding",
@@ -470,10 +473,34 @@ def with_sample_cost(
         return plan
     # If no convolution is adapted, one of the others shows the size of the batch.
     skipped = [row.site for row in plan.skipped] if compared else []
-    cost = sample_cost(capture.model, plan.sites, example_inputs, skipped)
-    return (
-        plan if cost is None else dataclasses.replace(plan, sample_cost=cost[0], site_costs=cost[1])
+    unadapted = [row.site for row in plan.skipped]
+    cost = sample_cost(capture.model, plan.sites, example_inputs, skipped, unadapted)
+    if cost is None:
+        return plan
+    return dataclasses.replace(
+        plan, sample_cost=(cost.flops, cost.saved), site_costs=cost.sites, sample_flops=cost.base
     )
+
+
+class SampleCost(NamedTuple):
+    """Cost of a sample.
+
+    Attributes:
+        flops, saved: Extra FLOPs and saved bytes of all adapters.
+        sites: The same of each adapted site.
+        base: Forward FLOPs of the linear operations without adapters; None if the positions of one of them
+            are unknown.
+    """
+
+    flops: int
+    saved: int
+    sites: tuple[tuple[int, int], ...]
+    base: int | None
+
+    @property
+    def share(self) -> float | None:
+        """Return the extra FLOPs relative to those of the base, or None if these are unknown."""
+        return self.flops / self.base if self.base else None
 
 
 def sample_cost(
@@ -481,27 +508,37 @@ def sample_cost(
     rows: Sequence[PlannedSite],
     example_inputs: Any,
     skipped: Sequence[Site] = (),
-) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
-    """Return the FLOPs and saved bytes that adapters add to one sample; None if positions are unknown.
+    unadapted: Sequence[Site] = (),
+) -> SampleCost | None:
+    """Return the cost of one sample, or None if its positions are unknown.
 
     Args:
         model: The model. It is called without data.
         rows: The adapted sites.
         example_inputs: As for :func:`lora_fx.plan`; None to make inputs from the model's own description.
-        skipped: Sites that are not adapted, to find the number of samples.
-
-    Returns:
-        (FLOPs, bytes) for all sites together, and the same pair for each of ``rows``.
+        skipped: Sites that are not adapted, whose positions are counted to find the number of samples.
+        unadapted: Further sites that are not adapted. They count only for the FLOPs of the base.
     """
-    samples, positions = _positions_or_none(
-        model, [*(row.site for row in rows), *skipped], example_inputs
-    )
+    sites = [*(row.site for row in rows), *skipped]
+    samples, positions = _positions_or_none(model, sites, example_inputs, unadapted)
     if not samples or any(row.name not in positions for row in rows):
         return None
     costs = [_cost(model, row, positions[row.name]) for row in rows]
     flops, saved = (sum(column) // samples for column in zip(*costs, strict=True))
     each = tuple((flops // samples, saved // samples) for flops, saved in costs)
-    return (flops, saved), each
+    base = _base_flops_of([*sites, *unadapted], positions)
+    return SampleCost(flops, saved, each, None if base is None else base // samples)
+
+
+def _base_flops_of(sites: Sequence[Site], positions: Mapping[str, Positions]) -> int | None:
+    """Return the FLOPs of operations at all their positions, or None if those of one are unknown."""
+    # The parts of a fused operation have the positions of the whole.
+    named = {site.part_of or site.name: (site.whole or site, site.name) for site in sites}
+    costs = [(site, base_flops(site), name) for site, name in named.values()]
+    costs = [cost for cost in costs if cost[1]]
+    if any(name not in positions for _, _, name in costs):
+        return None
+    return sum(flops * positions_read(site, positions[name]) for site, flops, name in costs)
 
 
 def positions_of(
@@ -519,15 +556,34 @@ def positions_of(
     return _positions_or_none(model, list(sites), example_inputs)[1]
 
 
+def base_flops(site: Site) -> int:
+    """Return the forward FLOPs of an operation without adapters.
+
+    They are those of a token or, for a convolution, of a position. Of several experts, one counts. A lookup
+    costs nothing.
+    """
+    if site.family == "embedding":
+        return 0
+    count, out, inner = matrix_shape(site)
+    times = max(Counter(call.region for call in site.calls).values(), default=1)
+    return 2 * (1 if site.experts else count) * out * inner * times
+
+
+def positions_read(site: Site, positions: Positions) -> int:
+    """Return the number of vectors that an operation multiplies with its weight."""
+    transposed = site.family == "conv" and site.layout == "in_out"
+    return positions.inputs if transposed else positions.outputs
+
+
 def _positions_or_none(
-    model: nn.Module, sites: list[Site], example_inputs: Any
+    model: nn.Module, sites: list[Site], example_inputs: Any, unadapted: Sequence[Site] = ()
 ) -> tuple[int | None, dict[str, Positions]]:
     """Count positions as :func:`_positions` does; return (None, {}) if the model cannot be called."""
     inputs = synthesise(model).inputs if example_inputs is None else example_inputs
     if inputs is None:
         return None, {}
     try:
-        return _positions(model, sites, inputs)
+        return _positions(model, sites, inputs, unadapted)
     except Exception as error:  # noqa: BLE001  the user's code may raise anything without values
         _log.debug("no count of positions: %s: %s", type(error).__name__, error)
         return None, {}
@@ -552,7 +608,7 @@ def _cost(model: nn.Module, row: PlannedSite, positions: Positions) -> tuple[int
 
 
 def _positions(
-    model: nn.Module, sites: list[Site], example_inputs: Any
+    model: nn.Module, sites: list[Site], example_inputs: Any, unadapted: Sequence[Site]
 ) -> tuple[int | None, dict[str, Positions]]:
     """Call a model without data. Return the number of samples (0 if unknown) and the positions of each site.
 
@@ -569,7 +625,7 @@ def _positions(
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     gpus = {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}
     values = {name: value.detach().to("meta") for name, value in tensors.items()}
-    products = _Products(sites, values, inputs)
+    products = _Products(sites, values, inputs, unadapted)
     with torch.no_grad(), torch.random.fork_rng(devices=list(gpus)), products:
         torch.func.functional_call(model, values, args, kwargs)
     counted = {
@@ -585,6 +641,7 @@ class _Products(Listener):
         sites: The sites.
         values: Tensors of the model by name.
         inputs: Tensors among the arguments of the model.
+        unadapted: Further sites, which do not decide the number of samples.
 
     Attributes:
         found: The counted positions, by name of the site.
@@ -593,11 +650,17 @@ class _Products(Listener):
     """
 
     def __init__(
-        self, sites: Sequence[Site], values: Mapping[str, Tensor], inputs: Sequence[Tensor]
+        self,
+        sites: Sequence[Site],
+        values: Mapping[str, Tensor],
+        inputs: Sequence[Tensor],
+        unadapted: Sequence[Site] = (),
     ) -> None:
         super().__init__()
         self._sites: dict[int, list[Site]] = defaultdict(list)
-        for site in sites:
+        self._unadapted = {site.name for site in unadapted} - {site.name for site in sites}
+        distinct = {site.name: site for site in (*sites, *unadapted)}
+        for site in distinct.values():
             if site.weight in values and not site.experts:
                 self._sites[id(values[site.weight])].append(site)
         self._given = [(tensor.dim(), tensor.shape[:1]) for tensor in inputs]
@@ -623,7 +686,7 @@ class _Products(Listener):
         positions = self.found[site.name]
         positions.inputs += x.numel() // x.shape[-1 - spatial]
         positions.outputs += out.numel() // out.shape[-1 - spatial]
-        if spatial and self.samples is None:
+        if spatial and self.samples is None and site.name not in self._unadapted:
             unbatched = x.dim() == spatial + 1
             is_batch = any(
                 d == x.dim() if unbatched else rows == x.shape[:1] for d, rows in self._given

@@ -14,6 +14,8 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
+from lora_fx.passes.pipeline import find_operations
+from lora_fx.passes.plan import base_flops
 from tests.golden import check_golden
 from tests.numerics import assert_same_bits
 from tests.zoo import TRANSFORMERS, LlamaShapes, Mlp, Residual, Shared, Tied, seeded
@@ -638,6 +640,39 @@ def test_the_cost_of_a_sample_is_that_of_its_products() -> None:
     up = cost(nn.Sequential(nn.ConvTranspose2d(4, 8, 3, stride=2)), torch.randn(2, 4, 8, 8), "0")
     assert up is not None
     assert up[0] == 64 * 2 * 2 * 4 * 9 + 17 * 17 * 2 * 2 * 8
+
+
+def test_the_flops_of_the_base_count_all_linear_operations_of_a_sample() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(6, 4, 2), nn.Flatten(), nn.Linear(196, 5)
+    )
+    x = torch.randn(3, 4, 8, 8)
+    products = 2 * (36 * 6 * 2 * 9 + 36 * 6 * 4 * 4 + 196 * 5)
+    for targets in (["0"], ["1", "3"], None):
+        plan = lora_fx.plan(model, LoraConfig(r=2, target_modules=targets), x)
+        assert plan.sample_flops == products
+    # A lookup costs nothing.
+    tokens = torch.randint(0, 1000, (2, 9))
+    for targets in (["conv"], ["embed", "conv"]):
+        plan = lora_fx.plan(Words(), LoraConfig(r=2, target_modules=targets), tokens)
+        assert plan.sample_flops == 2 * 7 * 6 * 4 * 3
+    # Tokens have no samples.
+    plan = lora_fx.plan(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    assert plan.sample_flops is None
+
+
+@pytest.mark.parametrize(
+    ("model", "flops"),
+    [
+        (nn.Linear(3, 5), 30),
+        (nn.Conv1d(4, 6, 3, groups=2), 2 * 6 * 2 * 3),
+        (nn.Embedding(9, 4), 0),
+    ],
+    ids=["linear", "convolution", "lookup"],
+)
+def test_flops_of_an_operation(model: nn.Module, flops: int) -> None:
+    (site,) = find_operations(lora_fx.capture(nn.Sequential(model))).sites
+    assert base_flops(site) == flops
 
 
 def test_the_cost_of_a_sample_draws_no_random_numbers() -> None:

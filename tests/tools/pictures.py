@@ -53,6 +53,31 @@ class Untraceable(nn.Module):
         return x
 
 
+class Bare(nn.Module):
+    """Products with parameters that no module holds alone: two that can be adapted, two that cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+        self.many = nn.Parameter(torch.randn(2, 4, 8, 8))
+        self.both = nn.Parameter(torch.randn(8, 8))
+        self.act = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(x @ self.up) @ self.down
+        many = (x.reshape(-1, 1, 1, 1, 8) @ self.many).sum((1, 2, 3))
+        return many + torch.einsum("bi,bj,jk->bk", x, x, self.both)
+
+
+class AroundBare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.bare = nn.Linear(8, 8), Bare()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bare(self.fc(x))
+
+
 def adapted(model: nn.Module, **options: Any) -> nn.Module:
     settings: dict[str, Any] = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "seed": 0, **options}
     return lora_fx.rewrite(model, lora_fx.LoraConfig(**settings), optimize=False)

@@ -26,8 +26,8 @@ from lora_fx.tools.draw.page import asset, document_of, initially_open, to_html
 from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, State
 from tests.passes.test_selection import CASES, LINEARS
 from tests.tools.browser import CHROMIUM, Page, browser
-from tests.tools.pictures import Block, Net, Untraceable, adapted
-from tests.zoo import tiny_llama
+from tests.tools.pictures import AroundBare, Block, Net, Untraceable, adapted
+from tests.zoo import tiny_llama, tiny_mixtral
 
 NODE = shutil.which("node")
 NASTY = "a<b>&\"c'</script><img src=x onerror=alert`1`>"
@@ -168,6 +168,46 @@ def test_first_view_shows_an_adapter_and_not_everything() -> None:
     ).root
     visible = sum(len(box.children) for box in deep.walk() if box.id in initially_open(deep))
     assert 40 <= visible < 200 < sum(1 for _ in deep.walk())
+
+
+SEARCH = """
+const graph = new Graph(given.document, {}, null);
+const found = given.queries.map((query) => {
+  const { hits, meant } = Find.search(query, graph.boxes, (part) => graph.partDrawnAs(part));
+  return hits.map((box) => graph.meant(box, meant));
+});
+console.log(JSON.stringify(found));
+"""
+
+
+@needs_node
+def test_a_search_finds_the_box_that_holds_a_parameter() -> None:
+    config = LoraConfig(r=2, target_modules=["fc", "blocks.0.up", "blocks.1.up"])
+    model = nn.ModuleDict({"around": AroundBare(), "net": Net(depth=2)})
+    document = document_of(picture_of(lora_fx.rewrite(model, config)))
+    queries = [
+        "lora_A",
+        "up.lora_b.default",
+        "blocks.1.down.weight",
+        "many",
+        "bare.both",
+        "norm.bias",
+        "norm",
+        "nothing",
+        "lora_A adapted",
+    ]
+    found = ask_node(SEARCH, {"document": document, "queries": queries})
+    assert dict(zip(queries, found, strict=True)) == {
+        "lora_A": ["around.fc", "net.blocks.0.up"],
+        "up.lora_b.default": ["net.blocks.0.up"],
+        "blocks.1.down.weight": ["net.blocks.1.down"],
+        "many": ["around.bare"],
+        "bare.both": ["around.bare"],
+        "norm.bias": ["net.norm"],
+        "norm": ["net.norm"],
+        "nothing": [],
+        "lora_A adapted": ["around.fc", "net.blocks.0.up"],
+    }
 
 
 # --- in Chromium ---
@@ -1007,7 +1047,8 @@ def test_costs_in_the_header_are_those_of_the_plan(chromium: Page, tmp_path: Pat
         chromium.open(visualize(drawn, tmp_path / "costs.html", force=True).as_uri())
         headers.append(chromium.run(HEADER))
     assert headers[0]["extra FLOPs a token"] == headers[1]["extra FLOPs a token"]
-    assert headers[1]["extra FLOPs a token"] == f"{plan.flops / 1000:.3g} k"
+    extra = headers[1]["extra FLOPs a token"]
+    assert re.fullmatch(rf"{re.escape(f'{plan.flops / 1000:.3g}')} k \(\+\d+ %\)", extra)
     assert headers[1]["saved for backward a token"] == f"{plan.saved / 1000:.3g} kB"
 
 
@@ -1030,7 +1071,7 @@ def test_the_legend_explains_what_is_drawn(opened: Page, tmp_path: Path) -> None
     legend = opened.run(
         "[...document.querySelectorAll('#key > span')].map((s) => s.lastChild.textContent)"
     )
-    signs = {"adapted", "adapters inside", "equal modules, drawn once", "default", "other"}
+    signs = {"adapted", "all inside are adapted", "equal modules, drawn once", "default", "other"}
     assert signs < {*legend}
     assert "linear, not adapted" not in legend  # there is none
     sizes = opened.run("[...document.querySelectorAll('#key svg')].map((s) => s.getBBox().width)")
@@ -1041,6 +1082,7 @@ def test_the_legend_explains_what_is_drawn(opened: Page, tmp_path: Path) -> None
         "[...document.querySelectorAll('#key > span')].map((s) => s.lastChild.textContent)"
     )
     assert {"adapted", "linear, not adapted", "trained in full"} < {*legend}
+    assert {"some inside are adapted", "none inside is adapted"} < {*legend}
 
 
 @pytest.mark.slow
@@ -1237,3 +1279,89 @@ def test_the_panel_begins_with_the_reason(chromium: Page, tmp_path: Path) -> Non
     reason = "Not adapted: matches no target in target_modules"
     assert reason in told
     assert told.index(reason) < told.index("class")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_panel_of_a_module_has_the_reasons_of_its_operations(
+    chromium: Page, tmp_path: Path
+) -> None:
+    config = LoraConfig(r=2, target_modules=["fc", "up"], exclude_modules=["0.up"])
+    model = nn.ModuleDict({"around": AroundBare(), "blocks": nn.ModuleList([Block(8), Block(8)])})
+    chromium.open(visualize(lora_fx.rewrite(model, config), tmp_path / "why.html").as_uri())
+    reasons = """
+      [...document.querySelectorAll("#details .reason")].map((line) => line.innerText.split("\\n"))
+    """
+
+    def told(name: str) -> list[list[str]]:
+        chromium.run(f"loraFx.select({json.dumps(name)})")
+        lines: list[list[str]] = chromium.run(reasons)
+        return lines
+
+    unmatched = "Not adapted: matches no target in target_modules"
+    bare = told("around.bare")
+    assert bare[0] == [unmatched, "down"]
+    assert [line[1] for line in bare[1:]] == ["many", "both"]
+    assert all(line[0].startswith("Cannot be adapted: ") for line in bare[1:])
+    assert told("blocks.1") == [[unmatched, "down"]]
+    excluded, rest = told("blocks.0")
+    assert "exclude_modules" in excluded[0]
+    assert excluded[1] == "up"
+    assert rest == [unmatched, "down"]
+    assert told("blocks.0.down") == [[unmatched]]
+    assert told("blocks.1.up") == []
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_panel_has_the_share_of_extra_flops(chromium: Page, tmp_path: Path) -> None:
+    model = lora_fx.rewrite(Net(depth=2), LoraConfig(r=2, target_modules=["up"]))
+    chromium.open(visualize(model, tmp_path / "share.html").as_uri())
+    # 2 r (in + out) of 2 in out, and of the whole block.
+    for name, share in (("blocks.0.up", "+38 %"), ("blocks.0", "+19 %"), ("", "+17 %")):
+        chromium.run(f"loraFx.select({json.dumps(name)})")
+        assert f"a token ({share})" in panel(chromium)
+    chromium.press("#tab-sites")
+    shares = [row[7] for row in chromium.run(ROWS) if "adapted" in row]
+    assert shares == ["+38 %"]  # both layers
+
+
+CUT = """
+[...document.querySelectorAll("#sites, #sites td")]
+  .filter((one) => one.scrollWidth > one.clientWidth).map((one) => one.innerText)
+"""
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("target", ["q_proj", "lm_head", "down_proj"])
+def test_the_table_of_sites_fits_a_window(chromium: Page, tmp_path: Path, target: str) -> None:
+    """Every reason can be read as a whole, without scrolling."""
+    model, _ = tiny_mixtral(hidden_size=256, intermediate_size=512)
+    model = lora_fx.rewrite(model, LoraConfig(r=2, target_modules=[target]))
+    try:
+        chromium.size(1400, 900)
+        chromium.open(visualize(model, tmp_path / "wide.html").as_uri())
+        chromium.press("#show-sites")
+        assert chromium.run(CUT) == []
+        assert "matches no target in target_modules" in str(chromium.run(ROWS))
+    finally:
+        chromium.size(1200, 800)
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_module_without_adapters_is_gray(chromium: Page, tmp_path: Path, dark: bool) -> None:
+    config = LoraConfig(r=2, target_modules=["fc"])
+    chromium.open(visualize(lora_fx.rewrite(AroundBare(), config), tmp_path / "g.html").as_uri())
+    try:
+        chromium.size(1200, 800, dark=dark)
+        classes = "loraFx.graphs[0].classesOf(loraFx.graphs[0].boxOf('bare'), 1)"
+        assert "bare" in chromium.run(classes).split()
+        look = "loraFx.graphs[0].looks.of(%s, 'frame', 'rect').fill"
+        gray, plain = (chromium.run(look % one) for one in (classes, "'box module'"))
+        assert gray != plain
+        assert gray == chromium.run(look % "'box leaf is-unselected'")
+    finally:
+        chromium.size(1200, 800)

@@ -27,9 +27,9 @@ from lora_fx.ir import Region
 from lora_fx.tools.draw.drawing import FORMATS, picture_of, to_svg, visualize
 from lora_fx.tools.draw.layout import count_of
 from lora_fx.tools.draw.painting import _FilePainter
-from lora_fx.tools.draw.picture import SCHEMA, Box
+from lora_fx.tools.draw.picture import SCHEMA, Box, State, added
 from lora_fx.tools.draw.regions import measured
-from tests.tools.pictures import ROLES, SVG, Net, Untraceable, adapted, drawn
+from tests.tools.pictures import ROLES, SVG, AroundBare, Net, Untraceable, adapted, drawn
 
 OLDER = Version(transformers.__version__) < Version("5.24")
 NASTY = "a<b>&\"c'</script><!--]]>\x07\\n{{data}}"
@@ -428,7 +428,7 @@ def test_what_is_trained_otherwise_is_marked() -> None:
 def test_a_fold_counts_alike_outside_and_inside() -> None:
     root = picture_of(adapted(Net(depth=4))).root
     (fold,) = (box for box in root.walk() if box.repeats)
-    assert count_of(fold) == "4 × 2"
+    assert count_of(fold) == "2 of 2 adapted in each"
     assert sum(child.sites for child in fold.children) == 2
 
 
@@ -538,7 +538,11 @@ def test_the_header_of_a_convolution_has_the_cost_of_a_sample() -> None:
     plan = lora_fx.plan(model, config, example_inputs=inputs)
     adapted = lora_fx.rewrite(model, config)
     facts = dict(picture_of(adapted, inputs).facts)
-    assert facts["extra FLOPs a sample"] == f"{plan.flops / 1000:.3g} k"
+    base = 2 * (4 * 3 * 9 * 14 * 14 + 4 * 4 * 9 * 6 * 6)
+    words = f"{plan.flops / 1000:.3g} k ({added(plan.flops / base)})"
+    assert plan.sample_flops == base
+    assert facts["extra FLOPs a sample"] == words
+    assert dict(picture_of(plan).facts)["extra FLOPs a sample"] == words
     assert facts["saved for backward a sample"] == f"{plan.saved / 1000:.3g} kB"
     unknown = picture_of(adapted)
     assert not any("FLOPs" in label for label, _ in unknown.facts)
@@ -550,7 +554,8 @@ def test_the_legend_of_an_svg_file_keeps_to_its_width() -> None:
     root = ET.fromstring(to_svg(picture_of(lora_fx.rewrite(Net(), config))))
     texts = [each for each in root.iter(f"{SVG}text") if each.get("class") == "legend"]
     words = {text.text for text in texts}
-    assert {"adapted", "linear, not adapted", "trained in full", "adapters inside"} < words
+    assert {"adapted", "linear, not adapted", "trained in full", "some inside are adapted"} < words
+    assert "none inside is adapted" in words
     *legend, picture = root.findall(f"{SVG}g")
     assert len(legend) == len(words)
 
@@ -564,6 +569,93 @@ def test_the_legend_of_an_svg_file_keeps_to_its_width() -> None:
             root.get("width") or 0
         )
         assert y + 14 <= spot(picture)[1]
+
+
+def test_the_share_of_extra_flops_is_that_of_all_linear_operations() -> None:
+    config = lora_fx.LoraConfig(r=2, target_modules=["stem"])
+    for drawn_from in (lora_fx.plan(Net(depth=1), config), lora_fx.rewrite(Net(depth=1), config)):
+        picture = picture_of(drawn_from)
+        base = 2 * (3 * 8 + 2 * 8 * 16 + 8 * 2)
+        assert dict(picture.facts)["extra FLOPs a token"] == f"44 ({added(44 / base)})"
+        (row,) = (row for row in picture.sites if row.name == "stem")
+        assert (row.flops, row.base) == (44, 48)
+        facts = dict(by_fqn(picture.root)["stem"].facts)
+        if "extra FLOPs a token" in facts:
+            assert facts["extra FLOPs a token"] == "44 (+92 %)"
+
+
+def test_convolutions_without_adapters_count_in_the_share() -> None:
+    """Their positions are not tokens, so a call has to count both."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 2, stride=2), nn.Flatten(2), nn.Linear(16, 8))
+    model = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["2"]))
+    facts = dict(picture_of(model, torch.randn(2, 3, 8, 8)).facts)
+    extra, base = 4 * 2 * 2 * (16 + 8), 4 * 2 * 16 * 8 + 16 * 2 * 4 * 12
+    assert facts["extra FLOPs a token"] == f"96 ({added(extra / base)})"
+    assert dict(picture_of(model).facts)["extra FLOPs a token"] == "96"
+
+
+def test_shares_have_two_digits() -> None:
+    assert [added(share) for share in (0.00062, 0.008, 0.0625, 0.5, 1.25)] == [
+        "+0.062 %",
+        "+0.8 %",
+        "+6.3 %",
+        "+50 %",
+        "+125 %",
+    ]
+
+
+def test_the_box_around_bare_parameters_says_why_they_are_not_adapted() -> None:
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc"])
+    box = by_fqn(picture_of(lora_fx.rewrite(AroundBare(), config)).root)["bare"]
+    assert box.state is State.BASE
+    facts = {value for label, value in box.facts if label == "not selected"}
+    assert facts == {"up, down: matches no target in target_modules"}
+    refused = [value for label, value in box.facts if label == "cannot be adapted"]
+    assert [value.partition(": ")[0] for value in refused] == ["many", "both"]
+    assert all("linear operation" in value for value in refused)
+
+
+def test_a_closed_module_says_how_many_operations_are_adapted() -> None:
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc"])
+    bare, some, every = "0 of 4 adapted", "1 of 5 adapted", "2 of 2 adapted"
+    for drawn_from in (
+        lora_fx.plan(AroundBare(), config),
+        lora_fx.rewrite(AroundBare(), config),
+        lora_fx.rewrite(AroundBare(), config, frontend="export", example_inputs=torch.randn(2, 8)),
+    ):
+        picture = picture_of(drawn_from)
+        boxes = {box.fqn: box for box in picture.root.walk() if box.children}
+        assert [count_of(boxes[name]) for name in ("", "bare")] == [some, bare]
+        texts = {sign.text for sign in picture.legend}
+        assert {"some inside are adapted", "none inside is adapted"} < texts
+        svg = drawn(to_svg(picture))
+        (shown,) = (box for box in svg if box.fqn == "bare" and bare in box.words)
+        assert "bare" in shown.classes
+    # All, and all of several equal modules.
+    boxes = by_fqn(picture_of(lora_fx.rewrite(Net(depth=1), lora_fx.LoraConfig(r=2))).root)
+    assert count_of(boxes["blocks.0"]) == every
+    # Without adapters, nothing is missing.
+    plain = picture_of(lora_fx.capture(AroundBare()))
+    assert not any(count_of(box) for box in plain.root.walk())
+    # A module that is trained in full lacks no adapters.
+    full = lora_fx.LoraConfig(r=2, target_modules=["stem"], modules_to_save=["blocks"])
+    for drawn_from in (lora_fx.plan(Net(), full), lora_fx.rewrite(Net(), full)):
+        blocks = by_fqn(picture_of(drawn_from).root)["blocks"]
+        assert blocks.linear == 8
+        assert not count_of(blocks)
+
+
+def test_a_box_has_the_names_of_its_parameters() -> None:
+    model = lora_fx.rewrite(AroundBare(), lora_fx.LoraConfig(r=2, target_modules=["fc", "up"]))
+    boxes = by_fqn(picture_of(model).root)
+    assert boxes["fc"].parameters == ("weight", "bias", "lora_A.default", "lora_B.default")
+    assert {"up", "down", "many", "both"} < {*boxes["bare"].parameters}
+    assert not boxes[""].parameters
+    named = {name for name, _ in model.named_parameters()}
+    shown = {f"{fqn}.{name}" for fqn, box in boxes.items() for name in box.parameters}
+    assert shown == named
+    plan = picture_of(lora_fx.plan(AroundBare(), lora_fx.LoraConfig(r=2, target_modules=["fc"])))
+    assert by_fqn(plan.root)["fc"].parameters == ("weight",)
 
 
 def test_sites_of_a_model_say_what_the_adapter_does() -> None:

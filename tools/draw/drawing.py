@@ -167,7 +167,8 @@ def _box(placed: Placed, adapters: tuple[str, ...]) -> Iterator[str]:
     if count := count_of(box):
         wide = 10 + 7 * len(count)
         x = width - wide - 7
-        yield f'<rect class="badge" x="{_n(x)}" y="6" width="{wide}" height="14" rx="7"/>'
+        look = "badge some" if box.is_partial else "badge"
+        yield f'<rect class="{look}" x="{_n(x)}" y="6" width="{wide}" height="14" rx="7"/>'
         yield f'<text class="badge-text" x="{_n(x + wide / 2)}" y="16.5">{count}</text>'
     yield "</g>"
 
@@ -212,6 +213,10 @@ def _legend(picture: Picture, width: float, top: float) -> tuple[list[str], floa
     return lines, y + _LEGEND_ROW if lines else top
 
 
+_COUNTS = {"": "2", "is-all": "2/2", "is-some": "1/2", "is-none": "0/2"}
+"""Words on the samples of counts, by style."""
+
+
 def _sample(look: str) -> str:
     """Return a sample of a sign in the legend, 20 wide and 14 high. The page draws the same samples."""
     kind, _, style = look.partition(" ")
@@ -220,8 +225,11 @@ def _sample(look: str) -> str:
         wide = '<rect class="factor" x="8" y="4" width="12" height="5"/>'
         return f'<g class="{style or "a0"}"><rect class="factor" width="5" height="13"/>{wide}</g>'
     if kind == "count":
-        badge = '<rect class="badge" width="20" height="14" rx="7"/>'
-        return f'<g>{badge}<text class="badge-text" x="10" y="10.5">2</text></g>'
+        words = _COUNTS[style]
+        some = " some" if style == "is-some" else ""
+        badge = f'<rect class="badge{some}" width="20" height="14" rx="7"/>'
+        bare = ' class="bare"' if style == "is-none" else ""
+        return f'<g{bare}>{badge}<text class="badge-text" x="10" y="10.5">{words}</text></g>'
     if kind == "repeats":
         behind = '<rect class="shade" x="5" width="13" height="11" rx="3"/>'
         return f'<g>{behind}<rect class="frame" y="3" width="13" height="11" rx="3"/></g>'
@@ -334,6 +342,7 @@ def to_networkx(picture: Picture) -> nx.DiGraph:
             facts=clean("\n".join(f"{label}: {value}" for label, value in entry["facts"])),
             count=max(len(entry["repeats"]), 1),
             sites=entry["sites"],
+            linear=entry["linear"],
             trainable=entry["trainable"],
             frozen=entry["frozen"],
         )

@@ -410,11 +410,19 @@ def words_of(box: Box) -> tuple[str, str]:
 
 
 def count_of(box: Box) -> str:
-    """Return the number of sites inside, as written on a box: ``7``, or ``32 × 7`` for 32 equal boxes."""
-    if not box.children or not box.sites:
+    """Return the number of sites inside, as written on a box: ``2 of 7 adapted``.
+
+    Equal boxes have ``2 of 7 adapted in each``. If the number of linear operations is unknown, it is ``2``,
+    or ``32 × 2`` for 32 equal boxes.
+    """
+    if not box.children or not (box.sites or box.is_bare):
         return ""
     count = len(box.repeats)
-    return f"{count} × {box.sites // count}" if count else str(box.sites)
+    if not box.linear:
+        return f"{count} × {box.sites // count}" if count else str(box.sites)
+    each = max(count, 1)
+    words = f"{box.sites // each} of {max(box.linear, box.sites) // each} adapted"
+    return f"{words} in each" if count else words
 
 
 def lines_of(box: Box) -> tuple[Branch, ...]:

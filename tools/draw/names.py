@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_fx.errors import CheckpointError
 from lora_fx.extraction import ExtractionReport
-from lora_fx.ir import Plan, PlannedSite, PlannedTokens, Rejection, Skipped, join
+from lora_fx.ir import Plan, PlannedSite, PlannedTokens, Rejection, Site, Skipped, join
 from lora_fx.passes.merge import MergeReport
 from lora_fx.tools.adapter_folder import SiteFigures, figures_of, read_folder
 from lora_fx.tools.draw.picture import (
@@ -26,7 +26,14 @@ from lora_fx.tools.draw.picture import (
     share_of,
     times,
 )
-from lora_fx.tools.draw.sites import costs_of, rows_of_plan, targets_of, unit_of
+from lora_fx.tools.draw.sites import (
+    cost_facts,
+    costs_of,
+    flops_of,
+    rows_of_plan,
+    targets_of,
+    unit_of,
+)
 
 __all__ = ["picture_of_extraction", "picture_of_folder", "picture_of_merge", "picture_of_plan"]
 
@@ -47,6 +54,8 @@ class _Leaf:
         parameters: Number of trainable elements.
         adapted: True if it counts as an adapted site.
         alike: Further values that must be equal for two names to be drawn as one.
+        weights: Names of the parameters that it stands for.
+        linear: True if it is a linear operation of a model all of whose linear operations are drawn.
     """
 
     kind: Kind = Kind.LEAF
@@ -58,6 +67,8 @@ class _Leaf:
     parameters: int = 0
     adapted: bool = False
     alike: tuple[object, ...] = ()
+    weights: tuple[str, ...] = ()
+    linear: bool = False
 
     def look(self) -> object:
         """Return a value that is equal for names that look the same in the picture."""
@@ -119,24 +130,36 @@ def _painted(nodes: Sequence[_Name], fqns: Sequence[str], ids: Iterator[int]) ->
         children=children,
         repeats=tuple(fqns) if len(fqns) > 1 else (),
         sites=sum(each.adapted for each in inside),
+        linear=sum(each.linear for each in inside),
         trainable=sum(each.parameters for each in inside),
         branches=leaf.branches,
         marks=leaf.marks,
         state=leaf.state,
+        parameters=leaf.weights,
     )
 
 
 def picture_of_plan(plan: Plan) -> Picture:
     """Draw a plan: adapted names, names trained in other ways, and the reasons why others are not adapted."""
     in_full = _Leaf(facts=(("trained", "in full"),), marks=("trained in full",), state=State.FULL)
+    skipped = {row.site.name for row in plan.skipped}
     named = [
         *((row.name, _of_site(row)) for row in plan.sites),
-        *((name, in_full) for name in plan.saved_modules),
+        *(
+            (name, dataclasses.replace(in_full, linear=name in skipped))
+            for name in plan.saved_modules
+        ),
         *((row.name, _of_tokens(row)) for row in plan.tokens),
         *((row.site.name, _of_skipped(row)) for row in plan.skipped),
         *((row.name, _of_rejection(row)) for row in plan.rejections),
     ]
     box = _tree(named)
+    sites = [*(row.site for row in plan.sites), *(row.site for row in plan.skipped)]
+    base = plan.sample_flops
+    # Positions of a convolution are not tokens.
+    if plan.sample_cost is None and not any(site.family == "conv" for site in sites):
+        base = flops_of(sites)
+    share = plan.flops / base if base else None
     return Picture(
         title="Plan",
         facts=(
@@ -145,18 +168,14 @@ def picture_of_plan(plan: Plan) -> Picture:
             ("cannot be adapted", str(len(plan.rejections))),
             ("parameters", human(plan.total_parameters)),
             ("trainable", share_of(plan.trainable_parameters, plan.total_parameters)),
-            *costs_of(plan.flops, plan.saved, plan.unit),
+            *costs_of(plan.flops, plan.saved, plan.unit, share),
             ("captured by", plan.frontend),
         ),
         root=box,
         notes=tuple(f"matched nothing: {target}" for target in plan.unmatched),
         adapters=("",),
         sites=rows_of_plan(plan),
-        targets=targets_of(
-            [*(row.site for row in plan.sites), *(row.site for row in plan.skipped)],
-            plan.rejections,
-            plan.config,
-        ),
+        targets=targets_of(sites, plan.rejections, plan.config),
         config=plan.config,
         counted=False,
         unit=unit_of(plan.sites),
@@ -176,9 +195,7 @@ def _of_site(row: PlannedSite) -> _Leaf:
             ("rank", str(row.rank)),
             ("scale", f"{row.scale:g}"),
             ("dropout", f"{row.dropout:g}"),
-            ("trainable", f"{row.parameters:,}"),
-            ("extra FLOPs a token", f"{row.flops:,}"),
-            ("saved for backward", f"{row.saved:,} bytes a token"),
+            *cost_facts(row),
             ("calls", str(len(site.calls))),
         ),
         branches=(Branch("", row.rank or None, row.scale, row.dropout, row.kind),),
@@ -187,6 +204,8 @@ def _of_site(row: PlannedSite) -> _Leaf:
         parameters=row.parameters,
         adapted=True,
         alike=(site.pattern, row.alpha),
+        weights=_weights(site),
+        linear=True,
     )
 
 
@@ -197,6 +216,7 @@ def _of_tokens(row: PlannedTokens) -> _Leaf:
         facts=(("trained", words),),
         marks=(words,),
         state=State.ROWS,
+        linear=True,
         parameters=row.parameters,
     )
 
@@ -210,12 +230,20 @@ def _of_skipped(row: Skipped) -> _Leaf:
         facts=(*facts, ("not selected", row.reason)),
         marks=_marks(row),
         state=State.BASE,
+        weights=_weights(site),
+        linear=True,
     )
 
 
 def _of_rejection(row: Rejection) -> _Leaf:
     facts = (("cannot be adapted", row.reason),)
-    return _Leaf(Kind.REJECTED, _short(row.reason), facts, state=State.REFUSED)
+    return _Leaf(Kind.REJECTED, _short(row.reason), facts, state=State.REFUSED, linear=True)
+
+
+def _weights(site: Site) -> tuple[str, ...]:
+    """Return the name of the weight below the site's, if it has one."""
+    below = f"{site.name}."
+    return (site.weight.removeprefix(below),) if site.weight.startswith(below) else ()
 
 
 def _marks(row: PlannedSite | Skipped) -> tuple[str, ...]:
@@ -380,6 +408,7 @@ def _of_figures(figures: SiteFigures, dropout: float) -> tuple[_Leaf, SiteRow]:
         state=State.ADAPTED,
         parameters=figures.parameters,
         adapted=True,
+        weights=("lora_A", "lora_B"),
     )
     row = SiteRow(
         figures.name,

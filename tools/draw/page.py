@@ -109,6 +109,8 @@ def document_of(picture: Picture) -> dict[str, Any]:
             if box_layers is None
             else layouts.setdefault(_layout(box, box_layers), len(layouts)),
             "sites": box.sites,
+            "bare": box.is_bare,
+            "partial": box.is_partial,
             "elements": (elements or None) if picture.counted else None,
             "lines": [
                 [strings(line.words), adapters.get(line.adapter, 0), int(line.active)]
@@ -154,6 +156,7 @@ def _words(box: Box, strings: _Strings) -> dict[str, Any]:
         "facts": [strings(t) for fact in box.facts if not is_internal(fact[0]) for t in fact],
         "internals": [strings(t) for fact in box.facts if is_internal(fact[0]) for t in fact],
         "repeats": [strings(fqn) for fqn in box.repeats],
+        "parameters": [strings(name) for name in box.parameters],
         "count": count and strings(count),
         "state": str(box.state) and strings(str(box.state)),
         "marks": [[strings(mark), mark_width(clean(mark))] for mark in box.marks],
@@ -270,6 +273,8 @@ def classes_of(box: Box, *, is_open: bool, depth: int, adapters: Sequence[str] =
         classes += ["open", "odd"] if depth % 2 else ["open"]
     if box.children and box.sites:
         classes.append("holds")
+    if box.is_bare:
+        classes.append("bare")
     if box.state:
         classes.append(f"is-{box.state}")
     if box.adapter and box.kind is not Kind.SITE and box.adapter in adapters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import dataclasses
 import inspect
@@ -9,7 +10,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from lora_fx.tools.draw.regions import (
     branch_of,
     drawn_children,
     dtype_name,
+    own_parameters,
     parameter_counts,
     part_name,
     size_name,
@@ -55,6 +57,7 @@ from lora_fx.tools.draw.regions import (
 )
 from lora_fx.tools.draw.sites import (
     costs_of,
+    flops_of,
     rows_of_matches,
     rows_of_model,
     skipped_in,
@@ -347,6 +350,9 @@ def picture_of_model(
     for key, graph in graphs.items():
         by_module.setdefault(id(model.get_submodule(key)), graph)
     painter = _Painter(model, by_module, matches)
+    record = painter.record
+    rows = rows_of_model(model, record) if record is not None else ()
+    painter.count_in({row.name for row in rows})
     notes = [*notes]
     if any(painter.needs_calls(module) for module in model.modules()):
         calls = calls_of(model, example_inputs)
@@ -356,8 +362,6 @@ def picture_of_model(
             notes.append(f"modules without a graph stand in order of registration ({calls})")
     root = painter.paint([model], [""])
     total = root.trainable + root.frozen
-    record = painter.record
-    rows = rows_of_model(model, record) if record is not None else ()
     if record is None and matches is not None:
         rows = rows_of_matches(matches)
     seen = matches if record is None else record.base.matches
@@ -397,13 +401,20 @@ def _costs(
     rows = [row for name in active if record is not None for row in record.adapters[name].sites]
     unit, each = unit_of(rows), "token"
     flops, saved = sum(row.flops for row in rows), sum(row.saved for row in rows)
+    sites = () if record is None else record.base.matches.sites
+    share = flops / base if (base := flops_of(sites)) else None
     if unit == "position":
         each = "sample"
-        cost = sample_cost(_copy(model, _without_data), rows, example_inputs)
+        cost = sample_cost(_copy(model, _without_data), rows, example_inputs, unadapted=sites)
         if cost is None:
             return (), unit, "example_inputs= shows what the adapters cost in a sample"
-        (flops, saved), _ = cost
-    return costs_of(flops, saved, each), unit, ""
+        flops, saved = cost.flops, cost.saved
+        share = cost.share
+    elif rows and any(site.family == "conv" for site in sites):
+        # Positions of a convolution are not tokens. The share is the same for a sample.
+        cost = sample_cost(_copy(model, _without_data), rows, example_inputs, sites)
+        share = None if cost is None else cost.share
+    return costs_of(flops, saved, each, share), unit, ""
 
 
 class _Painter:
@@ -419,6 +430,7 @@ class _Painter:
         self.digest = Digests(graphs)
         self.calls = Calls({}, {})
         self._names = {id(module): name for name, module in model.named_modules()}
+        self._modules = {*self._names.values()}
         self._ids = itertools.count()
         self._drawn: dict[int, str] = {}
         record = model.__dict__.get("_lora_fx")
@@ -442,6 +454,8 @@ class _Painter:
                 self.inactive[weight].append(name)
         graph_adapters = (name for graph in graphs.values() for _, name in adapters_of(graph))
         self.adapters = tuple(dict.fromkeys((*adapters, *graph_adapters)))
+        self._operations: Collection[str] = ()
+        self._in_order: list[str] = []
         self._other = self._trained_otherwise()
         self._read_matches(self.record.base.matches if self.record is not None else matches)
 
@@ -465,12 +479,14 @@ class _Painter:
         sites = () if matches is None else matches.sites
         rejections = () if matches is None else matches.rejections
         self._unselected = {site.name: "" for site in sites}
-        # Parts of fused operations have no box. Their operation says why they are not adapted.
+        # Parts of fused operations and bare parameters have no box. The box around them has their reasons.
         self._parts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for skipped in skipped_in(self.record) if self.record is not None else ():
             site, reason = skipped.site, skipped.reason
             if site.part_of:
                 self._parts[site.part_of][reason].append(site.name.rpartition(".")[2])
+            elif site.name.startswith(f"{site.owner}.") and site.name not in self._modules:
+                self._parts[site.owner][reason].append(site.name.removeprefix(f"{site.owner}."))
             self._unselected[site.name] = reason
         self.unselected = {
             (call.region, call.output): self._unselected[site.name]
@@ -480,11 +496,38 @@ class _Painter:
         }
         self._tied = {site.name: site.tied_to for site in sites if site.tied_to}
         self._rejected = {rejection.name: rejection.reason for rejection in rejections}
+        self._refused_parts: dict[str, dict[str, list[str]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for item in rejections:
+            owner = item.name.rpartition(".")[0]
+            named = {item.name, item.name.removesuffix(".weight")} & self._modules
+            is_here = item.region == owner or not item.node
+            if owner in self._modules and is_here and not named:
+                self._refused_parts[owner][item.reason].append(item.name.rpartition(".")[2])
         self.refused = {(item.region, item.node): item.reason for item in rejections if item.node}
 
     def new_id(self) -> str:
         """Return the next free id."""
         return f"n{next(self._ids)}"
+
+    def count_in(self, operations: Collection[str]) -> None:
+        """Let boxes count the linear operations inside.
+
+        Args:
+            operations: The names of all linear operations.
+        """
+        self._operations, self._in_order = operations, sorted(operations)
+
+    def linear_in(self, fqns: Sequence[str]) -> int:
+        """Return the number of linear operations in modules, or 0 without adapters."""
+        names = self._in_order
+        if "" in fqns:
+            return len(names)
+        count = sum(fqn in self._operations for fqn in fqns)
+        for fqn in fqns:  # "/" is the character after "."
+            count += bisect.bisect(names, f"{fqn}/") - bisect.bisect(names, f"{fqn}.")
+        return count
 
     def needs_calls(self, module: nn.Module) -> bool:
         """Return True if only a call can show how data flows between the module's children."""
@@ -550,11 +593,13 @@ class _Painter:
             flow=flow,
             repeats=tuple(fqns) if len(fqns) > 1 else (),
             sites=sites,
+            linear=self.linear_in(fqns),
             trainable=trainable,
             frozen=frozen,
             branches=branches,
             marks=marks,
             state=state,
+            parameters=own_parameters(module, fqn, children),
         )
 
     def _switched_off(self, fqn: str) -> Iterator[Branch]:
@@ -596,8 +641,14 @@ class _Painter:
             state = State.BASE
             if why := self._unselected[fqn]:
                 facts.append(("not selected", why))
-        for why, names in self._parts.get(fqn, {}).items():
-            facts.append(("not selected", f"{', '.join(names)}: {why}"))
+        skipped, refused = self._parts.get(fqn, {}), self._refused_parts.get(fqn, {})
+        bare = [name for names in (*skipped.values(), *refused.values()) for name in names]
+        # A module stands for its bare parameters if it has no other linear operations.
+        if state is State.NONE and bare and self.linear_in([fqn]) == len(bare):
+            state = State.BASE if skipped else State.REFUSED
+        for label, parts in (("not selected", skipped), ("cannot be adapted", refused)):
+            for why, names in parts.items():
+                facts.append((label, f"{', '.join(names)}: {why}"))
         return state, tuple(marks), tuple(facts)
 
     def _shapes(self, module: nn.Module) -> Iterator[tuple[str, str]]:
@@ -836,6 +887,7 @@ class _FilePainter:
             ),
             marks=(*_marks(read), *self._elsewhere(node)),
             state=State.NONE,
+            parameters=tuple(read),
         )
 
     def _runs_on(self, node: FileNode) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,7 @@ A :class:`Picture` has no coordinates and is independent of file formats. ``visu
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ __all__ = [
     "SiteRow",
     "State",
     "Target",
+    "added",
     "clean",
     "elide",
     "end_of",
@@ -137,6 +139,7 @@ class SiteRow:
         lost: ‖W - Q‖ / ‖W‖, the quantization error, if W is known.
         kept: The share of ΔW that a merge has kept after rounding.
         output_error: Error of its output after a merge relative to the effect of the adapter.
+        base: FLOPs of the operation without adapters, in the unit of ``flops``; 0 if unknown or none.
     """
 
     name: str
@@ -159,6 +162,7 @@ class SiteRow:
     lost: float | None = None
     kept: float | None = None
     output_error: float | None = None
+    base: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -206,11 +210,13 @@ class Box:
         flow: True if the edges show the data flow, else the children are in registration order.
         repeats: FQNs of the equal modules that this box stands for, its own first; empty for a single module.
         sites: Number of adapted operations inside, in all repeats.
+        linear: Number of linear operations inside, in all repeats; 0 if unknown.
         trainable, frozen: Elements of parameters inside, in all repeats.
         adapter: Name of the adapter that a node belongs to.
         branches: The adapters on the operation that this box stands for.
         marks: Short words for facts without a color: a weight's storage, sharing, other training.
         state: Outcome for the module or operation.
+        parameters: Names of the parameters that the box stands for, without the FQN in front of them.
     """
 
     id: str
@@ -224,12 +230,25 @@ class Box:
     flow: bool = False
     repeats: tuple[str, ...] = ()
     sites: int = 0
+    linear: int = 0
     trainable: int = 0
     frozen: int = 0
     adapter: str = ""
     branches: tuple[Branch, ...] = ()
     marks: tuple[str, ...] = ()
     state: State = State.NONE
+    parameters: tuple[str, ...] = ()
+
+    @property
+    def is_bare(self) -> bool:
+        """Return True if there are linear operations inside, and nothing adapts or trains them."""
+        trained = self.sites or self.trainable or self.state in (State.FULL, State.ROWS)
+        return bool(self.children and self.linear and not trained)
+
+    @property
+    def is_partial(self) -> bool:
+        """Return True if some of the linear operations inside are adapted, and others are not."""
+        return bool(self.children) and 0 < self.sites < self.linear
 
     def walk(self) -> Iterator[Box]:
         """Yield the box and everything in it, parents first."""
@@ -292,7 +311,10 @@ class Picture:
             entry: dict[str, Any] = {"id": box.id, "parent": parent, "kind": str(box.kind)}
             entry |= {name: getattr(box, name) for name in ("name", "caption", "fqn")}
             entry |= {"facts": [*map(list, box.facts)], "repeats": [*box.repeats]}
-            entry |= {name: getattr(box, name) for name in ("sites", "trainable", "frozen")}
+            entry |= {
+                name: getattr(box, name) for name in ("sites", "linear", "trainable", "frozen")
+            }
+            entry |= {"parameters": [*box.parameters]}
             entry |= {"state": str(box.state), "marks": [*box.marks]}
             entry |= {"branches": [dataclasses.asdict(branch) for branch in box.branches]}
             if box.children:
@@ -358,6 +380,15 @@ def human_bytes(count: int) -> str:
     return f"{text}B" if " " in text else f"{text} B"
 
 
+def added(share: float) -> str:
+    """Return a share of extra FLOPs as ``+0.8 %``. The page writes the same."""
+    percent = 100 * share
+    digits = 1 - math.floor(math.log10(percent)) if 0 < percent < 10 else 0
+    # Halves are rounded up, as JavaScript does.
+    rounded = math.floor(percent * 10**digits + 0.5) / 10**digits
+    return f"+{rounded:.2g} %" if rounded < 10 else f"+{rounded:.0f} %"
+
+
 def share_of(trainable: int, total: int) -> str:
     """Return the number of trained elements and their share."""
     return human(trainable) + (f" ({100 * trainable / total:.3g} %)" if total else "")
@@ -386,6 +417,10 @@ def _of_kind(kind: Kind) -> Callable[[Box], bool]:
     return lambda box: box.kind is kind
 
 
+def _counts(box: Box) -> bool:
+    return bool(box.children and box.sites)
+
+
 _SIGNS = (
     Sign("site is-adapted", "adapted", _of_state(State.ADAPTED)),
     Sign("line", "rank r, scale ×, dropout p of an adapter", lambda box: bool(box.branches)),
@@ -400,7 +435,14 @@ _SIGNS = (
     Sign("scale", "scale", _of_kind(Kind.SCALE)),
     Sign("add", "add", _of_kind(Kind.ADD)),
     Sign("adapter", "other adapter node", _of_kind(Kind.ADAPTER)),
-    Sign("count", "adapters inside", lambda box: bool(box.children and box.sites)),
+    Sign("count", "adapters inside", lambda box: _counts(box) and not box.linear),
+    Sign(
+        "count is-all",
+        "all inside are adapted",
+        lambda box: _counts(box) and bool(box.linear) and not box.is_partial,
+    ),
+    Sign("count is-some", "some inside are adapted", lambda box: box.is_partial),
+    Sign("count is-none", "none inside is adapted", lambda box: box.is_bare),
     Sign("repeats", "equal modules, drawn once", lambda box: bool(box.repeats)),
     Sign("opaque", "module without a graph", lambda box: box.kind is Kind.OPAQUE and box.flow),
 )
@@ -529,5 +571,11 @@ def _alone(box: Box) -> Box:
     labels = {label for label, _ in node.facts}
     facts = (*node.facts, *(fact for fact in box.facts if fact[0] not in labels))
     return dataclasses.replace(
-        node, name=box.name, caption=caption, kind=kind, fqn=box.fqn, facts=facts
+        node,
+        name=box.name,
+        caption=caption,
+        kind=kind,
+        fqn=box.fqn,
+        facts=facts,
+        parameters=box.parameters,
     )

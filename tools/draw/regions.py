@@ -30,6 +30,7 @@ from lora_fx.tools.draw.picture import (
     nested,
     times,
 )
+from lora_fx.tools.draw.sites import cost_facts
 
 __all__ = [
     "Digests",
@@ -45,6 +46,7 @@ __all__ = [
     "node_facts",
     "node_kind",
     "node_name",
+    "own_parameters",
     "parameter_counts",
     "part_name",
     "size_name",
@@ -291,6 +293,24 @@ def parameter_counts(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
     return trainable, sum(elements(p) for p in unique) - trainable
 
 
+def own_parameters(module: nn.Module, fqn: str, children: Iterable[Box]) -> tuple[str, ...]:
+    """Return the names of a module's parameters that no box inside stands for.
+
+    Args:
+        module: The module.
+        fqn: Its FQN.
+        children: The boxes inside.
+    """
+    inside = {name for box in children if box.fqn != fqn for name in box.repeats or (box.fqn,)}
+
+    def is_inside(name: str) -> bool:
+        full_name = join(fqn, name)
+        ends = (index for index, letter in enumerate(full_name) if letter == ".")
+        return any(full_name[:end] in inside for end in ends)
+
+    return tuple(name for name, _ in module.named_parameters() if not is_inside(name))
+
+
 # --- the graph of one module ----------------------------------------------------------------------
 
 
@@ -327,6 +347,9 @@ class Host(Protocol):
 
     def new_id(self) -> str:
         """Return the next free id."""
+
+    def linear_in(self, fqns: Sequence[str]) -> int:
+        """Return the number of linear operations in modules, or 0 without adapters."""
 
     def paint(self, modules: Sequence[nn.Module], fqns: Sequence[str]) -> Box:
         """Return the box of equal modules."""
@@ -475,8 +498,10 @@ class RegionPainter:
             sites=sum(
                 box.sites or len({branch.weight for branch in box.branches}) for box in children
             ),
+            linear=self._painter.linear_in([fqn]),
             trainable=trainable,
             frozen=frozen,
+            parameters=own_parameters(module, fqn, children),
         )
 
     def hyperparameters(self) -> tuple[tuple[str, str], ...]:
@@ -743,9 +768,7 @@ class RegionPainter:
                 ("rank", str(planned.rank)),
                 ("scale", f"{planned.scale:g}"),
                 *((("dropout", f"{planned.dropout:g}"),) if planned.dropout else ()),
-                ("trainable", f"{planned.parameters:,}"),
-                ("extra FLOPs a token", f"{planned.flops:,}"),
-                ("saved for backward", f"{planned.saved:,} bytes a token"),
+                *cost_facts(planned),
             )
         rank, scale = measured(self._region, weight, adapter)
         values = (("rank", rank), ("scale", scale))

@@ -17,12 +17,14 @@ from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, Skip
 from lora_fx.kinds import AdapterKind, base_change, site_kind
 from lora_fx.passes.parameters import base_weight, factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.passes.plan import choose, with_experts
+from lora_fx.passes.plan import base_flops, choose, with_experts
 from lora_fx.tools.adapter_folder import effective_rank, singular_values
-from lora_fx.tools.draw.picture import SiteRow, State, Target, human, human_bytes
+from lora_fx.tools.draw.picture import SiteRow, State, Target, added, human, human_bytes
 
 __all__ = [
+    "cost_facts",
     "costs_of",
+    "flops_of",
     "rows_of_matches",
     "rows_of_model",
     "rows_of_plan",
@@ -41,14 +43,41 @@ def unit_of(rows: Iterable[PlannedSite]) -> str:
     return "position" if any(row.site.family == "conv" for row in rows) else "token"
 
 
-def costs_of(flops: int, saved: int, unit: str) -> tuple[tuple[str, str], ...]:
-    """Return the costs of all adapters for one token, sample or position, as facts."""
+def costs_of(
+    flops: int, saved: int, unit: str, share: float | None = None
+) -> tuple[tuple[str, str], ...]:
+    """Return the costs of all adapters for one token, sample or position, as facts.
+
+    Args:
+        flops: FLOPs of the adapters.
+        saved: Bytes that they save for the backward pass.
+        unit: Token, sample or position.
+        share: FLOPs of the adapters relative to those of all linear operations; None if unknown.
+    """
     if not flops and not saved:
         return ()
+    words = "" if share is None else f" ({added(share)})"
     return (
-        (f"extra FLOPs a {unit}", human(flops)),
+        (f"extra FLOPs a {unit}", human(flops) + words),
         (f"saved for backward a {unit}", human_bytes(saved)),
     )
+
+
+def cost_facts(row: PlannedSite) -> tuple[tuple[str, str], ...]:
+    """Return the costs of one adapter, as facts."""
+    unit, base = unit_of([row]), base_flops(row.site)
+    share = f" ({added(row.flops / base)})" if base else ""
+    return (
+        ("trainable", f"{row.parameters:,}"),
+        (f"extra FLOPs a {unit}", f"{row.flops:,}{share}"),
+        ("saved for backward", f"{row.saved:,} bytes a {unit}"),
+    )
+
+
+def flops_of(sites: Iterable[Site]) -> int:
+    """Return the FLOPs of operations without adapters, for a token. Parts count as their whole, once."""
+    wholes = {(site.whole or site).name: site.whole or site for site in sites}
+    return sum(map(base_flops, wholes.values()))
 
 
 def rows_of_plan(plan: Plan) -> tuple[SiteRow, ...]:
@@ -166,6 +195,7 @@ def _site(site: Site, reason: str = "") -> SiteRow:
         shape=site.shape,
         quantized="" if site.quantized is None else str(site.quantized),
         reason=reason,
+        base=base_flops(site),
     )
 
 

@@ -38,7 +38,20 @@ const Find = (() => {
   function matches(box, { key, value }) {
     if (key) return KEYS[key] ? KEYS[key](box, value) : false;
     if (STATES[value] && STATES[value](box)) return true;
-    return isModule(box) && normal(box.fqn).includes(value);
+    return (isModule(box) && normal(box.fqn).includes(value)) || holds(box, value);
+  }
+
+  /* Returns the names of the parameters that a box stands for. */
+  const parametersOf = ({ fqn, parameters }) => parameters.map((name) => normal(fqn ? `${fqn}.${name}` : name));
+
+  /* Returns true if a text in lower case is a part of the name of a parameter of a box. The name of the module
+     alone does not count. */
+  function holds(box, text) {
+    const before = box.fqn && box.fqn.length + 1;
+    return parametersOf(box).some((name) => {
+      const at = name.lastIndexOf(text);
+      return at >= 0 && at + text.length > before;
+    });
   }
 
   /* Returns the boxes that match a query. For a name in a folded block it returns the block that is drawn for it,
@@ -55,7 +68,7 @@ const Find = (() => {
     const found = boxes.filter((box) => words.every((word) => matches(box, word)));
     // Names that end with the typed text come before names that continue after it.
     const named = words.filter((word) => !word.key && !STATES[word.value]);
-    const exact = found.filter((box) => named.every(({ value }) => normal(box.fqn).endsWith(value)));
+    const exact = found.filter((box) => named.every(({ value }) => [normal(box.fqn), ...parametersOf(box)].some((name) => name.endsWith(value))));
     return { hits: named.length && exact.length ? exact : found, meant };
   }
 
@@ -272,7 +285,7 @@ const Find = (() => {
     YAML: (found) => Object.entries(found).map(([key, value]) => (Array.isArray(value) ? `${key}:\n${value.map((one) => `  - ${JSON.stringify(one)}`).join("\n")}` : `${key}: ${JSON.stringify(value)}`)).join("\n"),
   };
 
-  return { search, asked, select, costOf, disagreement, fields, WRITERS, isModule };
+  return { search, asked, select, costOf, disagreement, fields, WRITERS, isModule, holds };
 })();
 
 if (typeof module !== "undefined") module.exports = Find;

@@ -41,7 +41,7 @@ class Graph {
       id, place: 0, inside: null, width: 0, height: 0, rows: [],
       kind: word(entry.kind), name: word(entry.name), caption: word(entry.caption), fqn: word(entry.fqn),
       state: word(entry.state), count: word(entry.count), size: entry.size, layout: entry.layout,
-      open: Boolean(entry.open), sites: entry.sites ?? 0, elements: entry.elements ?? 0, adapter: entry.adapter, ranks: entry.ranks ?? [],
+      open: Boolean(entry.open), sites: entry.sites ?? 0, bare: Boolean(entry.bare), partial: Boolean(entry.partial), parameters: (entry.parameters ?? []).map(word), elements: entry.elements ?? 0, adapter: entry.adapter, ranks: entry.ranks ?? [],
       repeats: (entry.repeats ?? []).map(word), marks: (entry.marks ?? []).map(([mark, width]) => [word(mark), width]),
       lines: (entry.lines ?? []).map(([words, adapter, active]) => ({ words: word(words), adapter, active: Boolean(active) })),
       get facts() { return pairs(entry.facts ?? []); },
@@ -59,6 +59,7 @@ class Graph {
   site(values) {
     const { columns, strings, texts } = this.doc;
     const row = Object.fromEntries(columns.map((name, i) => [name, texts.includes(i) ? strings[values[i]] : values[i]]));
+    row.added = row.state === "adapted" && row.base ? row.flops / row.base : null;
     row.box = this.boxOf(row.name);
     for (let box = row.box; box; box = box.parent) box.rows.push(row);
     return row;
@@ -99,7 +100,7 @@ class Graph {
   meant(box, asked) {
     const part = asked?.toLowerCase();
     if (!part) return box.fqn;
-    const found = this.namesOf(box).filter((name) => name.toLowerCase().includes(part));
+    const found = this.namesOf(box).filter((name) => Find.holds({ fqn: name, parameters: box.parameters }, part) || name.toLowerCase().includes(part));
     return found.find((name) => name.toLowerCase().endsWith(part)) ?? found[0] ?? box.fqn;
   }
 
@@ -411,6 +412,7 @@ class Graph {
     if (isOpen) classes.push("open");
     if (isOpen && depth % 2) classes.push("odd");
     if (box.children.length && box.sites) classes.push("holds");
+    if (box.bare) classes.push("bare");
     if (box.state) classes.push(`is-${box.state}`);
     if (box.adapter !== undefined && box.kind !== "site") classes.push(`a${box.adapter % 6}`);
     return classes.join(" ");
@@ -452,7 +454,7 @@ class Graph {
     lines.forEach((line, i) => this.drawLine(pen, line, head + this.metrics.branch * i, colored));
     if (box.count) {
       const wide = 10 + 7 * box.count.length;
-      pen.rect("badge", width - wide - 7, 6, wide, 14, 7);
+      pen.rect(box.partial ? "badge some" : "badge", width - wide - 7, 6, wide, 14, 7);
       pen.text("badge-text", width - wide / 2 - 7, 16.5, box.count);
     }
     return pen.end();

@@ -155,7 +155,7 @@
     for (const [label, value] of box.internals) inner.append(made("dt", {}, label), made("dd", {}, said(value)));
     const internals = made("details", {}, made("summary", {}, "Internals"), inner);
     internals.hidden = !box.internals.length;
-    const reasons = box.facts.filter(([label]) => REASONS[label]).map(([label, value]) => made("p", { class: "reason" }, `${REASONS[label]}${said(value)}`));
+    const reasons = reasonsOf(box, rows, name, said).map(([text, ...names]) => made("p", { class: "reason" }, text, ...names.map((one) => made("span", {}, one))));
     for (const row of rows.length <= 4 ? rows : []) {
       for (const [key, label] of MEASURES) {
         if (row[key] !== null && !labels.has(label)) list.append(made("dt", {}, label), made("dd", {}, `${row[key].toPrecision(3)}${rows.length > 1 ? ` (${row.adapter || row.name})` : ""}`));
@@ -175,14 +175,44 @@
   const STATES = { adapted: "adapted", unselected: "not adapted", refused: "cannot be adapted", full: "trained in full", rows: "rows trained" };
   const REASONS = { "not selected": "Not adapted: ", "cannot be adapted": "Cannot be adapted: " };
 
+  /* Returns the reasons why operations in a box are not adapted. The names of the operations follow their reason. */
+  function reasonsOf(box, rows, name, said) {
+    const groups = new Map(), most = 6;
+    for (const row of layersTogether(rows.filter((one) => one.reason))) {
+      const start = `${row.state === "refused" ? "Cannot be adapted" : "Not adapted"}: `, key = start + row.reason;
+      if (!groups.has(key)) groups.set(key, { start, reason: row.reason, names: [] });
+      if (row.name !== name) groups.get(key).names.push(name && row.name.startsWith(`${name}.`) ? row.name.slice(name.length + 1) : row.name);
+    }
+    const told = [...groups.values()].map(({ start, reason, names }) => {
+      const more = names.length > most ? ` and ${names.length - most} more` : "";
+      return [start + reason, ...(names.length ? [names.slice(0, most).join(", ") + more] : [])];
+    });
+    // Nodes of a graph have no rows, but a reason of their own.
+    const known = [...groups.values()].map(({ reason }) => reason);
+    const others = box.facts.filter(([label, value]) => REASONS[label] && !known.some((reason) => value.endsWith(reason)));
+    return [...told, ...others.map(([label, value]) => [REASONS[label] + said(value)])];
+  }
+
   /* Returns the costs of adapters as facts. */
   function costsOf(rows) {
     const adapted = rows.filter((row) => row.state === "adapted"), { unit } = active.doc;
-    const sum = (key) => adapted.reduce((all, row) => all + row[key], 0).toLocaleString("en");
+    const total = (key) => adapted.reduce((all, row) => all + row[key], 0), sum = (key) => total(key).toLocaleString("en");
     if (!adapted.some((row) => row.parameters)) return [];
-    const several = adapted.length > 1 ? [["adapters here", String(adapted.length)]] : [];
-    return [...several, ["trained", sum("parameters")], ["extra FLOPs", `${sum("flops")} a ${unit}`], ["saved", `${sum("saved")} bytes a ${unit}, for backward`]];
+    const several = adapted.length > 1 ? [["adapters here", String(adapted.length)]] : [], base = baseOf(rows);
+    const share = base ? ` (${percent(total("flops") / base)})` : "";
+    return [...several, ["trained", sum("parameters")], ["extra FLOPs", `${sum("flops")} a ${unit}${share}`], ["saved", `${sum("saved")} bytes a ${unit}, for backward`]];
   }
+
+  /* Returns the FLOPs of operations without their adapters, or 0 if they have no common unit. */
+  function baseOf(rows) {
+    const each = new Map(rows.map((row) => [row.name, row.base]));
+    if (each.size > 1 && active.doc.unit === "position") return 0;
+    // A part of an operation that is adapted as a whole counts once.
+    return [...each].reduce((all, [name, base]) => all + (each.has(name.slice(0, name.lastIndexOf("."))) ? 0 : base), 0);
+  }
+
+  /* Returns a share of extra FLOPs in words: +0.8 %. */
+  const percent = (share) => `+${100 * share >= 10 ? Math.round(100 * share) : Number((100 * share).toPrecision(2))} %`;
 
   const narrow = () => matchMedia("(max-width: 760px)").matches;
 
@@ -290,7 +320,12 @@
   function sample(look, text, chips) {
     const svg = document.createElementNS(Paint.SVG, "svg"), pen = new Paint.SvgPen(svg), [kind, style] = look.split(" ");
     pen.begin(kind === "line" ? style ?? "a0" : look, 0.5, 0.5);
-    if (kind === "line") { pen.rect("factor", 0, 0, 5, 13); pen.rect("factor", 8, 4, 12, 5); } else if (kind === "count") { pen.rect("badge", 0, 0, 20, 14, 7); pen.text("badge-text", 10, 10.5, "2"); } else if (kind === "repeats") { pen.rect("shade", 5, 0, 13, 11, 3); pen.rect("frame", 0, 3, 13, 11, 3); } else {
+    if (kind === "line") { pen.rect("factor", 0, 0, 5, 13); pen.rect("factor", 8, 4, 12, 5); } else if (kind === "count") {
+      pen.begin(style === "is-none" ? "bare" : "", 0, 0);
+      pen.rect(style === "is-some" ? "badge some" : "badge", 0, 0, 20, 14, 7);
+      pen.text("badge-text", 10, 10.5, { "is-all": "2/2", "is-some": "1/2", "is-none": "0/2" }[style] ?? "2");
+      pen.end();
+    } else if (kind === "repeats") { pen.rect("shade", 5, 0, 13, 11, 3); pen.rect("frame", 0, 3, 13, 11, 3); } else {
       pen.rect("frame", 0, 0, 14, 14, 4);
       if (chips[kind]) { pen.rect("chip", 0, 0, 14, 14, 4); pen.text("chip-letter", 7, 11, chips[kind]); }
       if (style === "is-refused") pen.path("hatch", hatch(14, 14));
@@ -301,10 +336,10 @@
 
   /* --- the table of sites --- */
 
-  const COSTS = [["rank", "r"], ["scale", "scale"], ["parameters", "trained"], ["flops", "FLOPs"], ["saved", "saved B"]];
+  const COSTS = [["rank", "r"], ["scale", "scale"], ["parameters", "trained"], ["flops", "FLOPs"], ["added", "+ %"], ["saved", "saved B"]];
   const SHOWN = [["name", "site"], ["count", "sites"], ["state", "state"], ...COSTS, ["shape", "weight"], ["adapter", "adapter"], ...MEASURES, ["quantized", "stored"]];
   const LONGEST = 1500;
-  const UNITS = { flops: (unit) => `extra FLOPs a ${unit}, forward`, saved: (unit) => `bytes kept for backward a ${unit}`, parameters: () => "trained parameters" };
+  const UNITS = { flops: (unit) => `extra FLOPs a ${unit}, forward`, saved: (unit) => `bytes kept for backward a ${unit}`, parameters: () => "trained parameters", added: () => "extra FLOPs relative to those of the operation" };
   let order = null, down = false, eachLayer = false, rowsShown = new Map();
 
   function showSites() {
@@ -328,7 +363,7 @@
     const body = made("tbody");
     rowsShown = new Map();
     for (const row of rows.slice(0, LONGEST)) {
-      const cells = columns.map((column) => (costs.length && row.reason && costs.includes(column) ? [] : [made("td", {}, written(row[column[0]], row))]));
+      const cells = columns.map((column) => (costs.length && row.reason && costs.includes(column) ? [] : [made("td", column[0] === "name" ? { class: "long" } : {}, ...cellOf(column[0], row))]));
       if (costs.length && row.reason) cells[columns.indexOf(costs[0])] = [made("td", { class: "why", colspan: costs.length }, row.reason)];
       const line = made("tr", { tabindex: 0, "data-name": row.first ?? row.name, class: `of-${row.state}` }, ...cells.flat());
       const choose = () => select(active, row.box, { asked: row.first ?? row.name });
@@ -347,6 +382,12 @@
     const choice = together.length < all.length ? made("label", {}, box, " each layer") : "";
     at("sites").replaceChildren(made("p", {}, `${within ? `${all.length} of ${active.sites.length} linear operations match the search: ` : ""}${counts || "no linear operations"}${more}`, choice), made("table", {}, made("thead", {}, head), body));
     markRow("");
+  }
+
+  /* Returns the content of a cell. Names may break after dots and underscores. */
+  function cellOf(key, row) {
+    if (key === "name") return row.name.split(/(?<=[._])/).flatMap((part, i) => (i ? [made("wbr"), part] : [part]));
+    return [key === "added" && row.added !== null ? percent(row.added) : written(row[key], row)];
   }
 
   const written = (value, row) => (value === null || value === undefined || (value === 0 && row.state !== "adapted") ? "" : typeof value === "number" ? (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3)) : STATES[value] ?? value);
