@@ -38,7 +38,8 @@ from lora_fx.export.report import BankSize
 from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, is_base, join, tag_of
 from lora_fx.passes.graph import copy_graph, erase_dead, target_of
 from lora_fx.passes.parameters import factor_names
-from lora_fx.runtime import Follower, banked, branch, follow, unfollow
+from lora_fx.runtime.kernels import branch
+from lora_fx.runtime.rows import Follower, banked, follow, unfollow
 
 if TYPE_CHECKING:
     import onnx_ir as ir

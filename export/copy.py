@@ -40,7 +40,8 @@ from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 from lora_fx.passes.capture import experts_implementation, written_out_layer
 from lora_fx.passes.graph import is_region, memory_of, share_copy
 from lora_fx.passes.merge import KEPT_IN_FP32, Keep
-from lora_fx.runtime import AdapterModule, experts
+from lora_fx.runtime import experts
+from lora_fx.runtime.modules import AdapterModule
 
 __all__ = [
     "DTYPES",

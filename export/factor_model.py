@@ -59,7 +59,7 @@ from lora_fx.passes.pipeline import (
     rewrite_model,
     run_passes,
 )
-from lora_fx.runtime import PatchedWeight, RowParameter
+from lora_fx.runtime.rows import PatchedWeight, RowParameter
 
 __all__ = [
     "FactorModel",

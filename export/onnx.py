@@ -89,7 +89,7 @@ from lora_fx.ir import record_of
 from lora_fx.passes.capture import ONE_AT_A_TIME
 from lora_fx.passes.parameters import check_intact, check_whole
 from lora_fx.passes.trainers import copy_without_trainers, instance_forwards
-from lora_fx.runtime import without_autocast
+from lora_fx.runtime.kernels import without_autocast
 from lora_fx.versions import installed
 
 if TYPE_CHECKING:

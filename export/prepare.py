@@ -52,7 +52,8 @@ from lora_fx.kinds import kinds
 from lora_fx.passes.capture import State
 from lora_fx.passes.graph import graphs_of, install, share_copy, target_of
 from lora_fx.passes.plan import foreign_factors
-from lora_fx.runtime import AdapterFactors, base_parameter
+from lora_fx.runtime import base_parameter
+from lora_fx.runtime.modules import AdapterFactors
 
 if TYPE_CHECKING:
     from lora_fx.passes.merge import Keep, MergeReport

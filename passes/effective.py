@@ -47,18 +47,14 @@ from lora_fx.passes.parameters import (
     wide,
 )
 from lora_fx.passes.patterns import pattern_of, site_name
-from lora_fx.runtime import (
-    CHANGES,
-    EffectiveWeight,
+from lora_fx.runtime import CHANGES, EffectiveWeight, base_parameter, effective_weight, watch
+from lora_fx.runtime.kernels import deployed
+from lora_fx.runtime.rows import (
     PatchedWeight,
     RowParameter,
     SampleRows,
     SampleSlots,
-    base_parameter,
-    deployed,
-    effective_weight,
     unwatch_tokens,
-    watch,
     watch_tokens,
 )
 from lora_fx.torch_private import pytree

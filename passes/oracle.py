@@ -34,7 +34,9 @@ from lora_fx.passes.parameters import (
     rows_name,
     tokens_of,
 )
-from lora_fx.runtime import AdapterModule, tensors_in, watch
+from lora_fx.runtime import watch
+from lora_fx.runtime.modules import AdapterModule
+from lora_fx.runtime.rows import tensors_in
 
 __all__ = ["CheckReport", "check", "check_rewritten"]
 

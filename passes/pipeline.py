@@ -71,7 +71,8 @@ from lora_fx.passes.parameters import (
 )
 from lora_fx.passes.plan import FindSavings, MakePlan, with_advice, with_sample_cost
 from lora_fx.passes.trainers import instance_forwards
-from lora_fx.runtime import check_adapter_name, watch
+from lora_fx.runtime import watch
+from lora_fx.runtime.modules import check_adapter_name
 
 __all__ = [
     "Callback",

@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_fx.errors import LoraFxError, some
 from lora_fx.passes.graph import original_class, share_copy
-from lora_fx.runtime import held_in
+from lora_fx.runtime.modules import held_in
 
 __all__ = ["copy_without_trainers", "instance_forwards"]
 

@@ -64,7 +64,8 @@ from lora_fx.passes.pipeline import (
 )
 from lora_fx.passes.plan import MakePlan
 from lora_fx.passes.trainers import copy_without_trainers
-from lora_fx.runtime import check_adapter_name, is_checked, places_of
+from lora_fx.runtime import is_checked, places_of
+from lora_fx.runtime.modules import check_adapter_name
 
 __all__ = [
     "AdapterStatus",

@@ -41,7 +41,7 @@ from lora_fx.passes.parameters import (
     reshard,
 )
 from lora_fx.passes.pipeline import branch_passes, regions_to_install, run_passes
-from lora_fx.runtime import SampleRows, ignore_ids, unwatch_calls, watch_calls
+from lora_fx.runtime.rows import SampleRows, ignore_ids, unwatch_calls, watch_calls
 
 __all__ = [
     "base_capture",

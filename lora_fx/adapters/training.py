@@ -28,7 +28,7 @@ from lora_fx.passes.parameters import (
     own_value,
     without_wrappers,
 )
-from lora_fx.runtime import IDS
+from lora_fx.runtime.rows import IDS
 
 __all__ = [
     "adapter_losses",

@@ -41,7 +41,7 @@ from lora_fx.passes.parameters import (
     weight_at,
     write,
 )
-from lora_fx.runtime import check_adapter_name
+from lora_fx.runtime.modules import check_adapter_name
 
 __all__ = [
     "COMBINATIONS",

@@ -80,7 +80,7 @@ from lora_fx.methods import check_peft_type
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.parameters import check_alike, inside
 from lora_fx.passes.pipeline import RewriteOptions, plan_model, rewrite_model
-from lora_fx.runtime import check_adapter_name
+from lora_fx.runtime.modules import check_adapter_name
 
 __all__ = [
     "Match",

@@ -51,7 +51,7 @@ from lora_fx.passes.parameters import (
     tokens_of,
     weight_at,
 )
-from lora_fx.runtime import AdapterModule
+from lora_fx.runtime.modules import AdapterModule
 
 __all__ = [
     "as_peft_model",

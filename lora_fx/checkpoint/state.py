@@ -50,8 +50,8 @@ from lora_fx.passes.parameters import (
     write,
 )
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import called_by_all, check_equal
 from lora_fx.runtime.kernels import dora
+from lora_fx.runtime.modules import called_by_all, check_equal
 
 __all__ = [
     "NOTE",

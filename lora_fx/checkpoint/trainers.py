@@ -45,7 +45,8 @@ from lora_fx.passes.parameters import (
     whole_shape,
     without_wrappers,
 )
-from lora_fx.runtime import AdapterModule, watch
+from lora_fx.runtime import watch
+from lora_fx.runtime.modules import AdapterModule
 
 __all__ = [
     "ADAPTER_FOLDER",

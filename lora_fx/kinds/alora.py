@@ -14,7 +14,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.ir import OutputBuilder, Role, Site
 from lora_fx.kinds import AdapterKind
 from lora_fx.kinds.lora import Lora
-from lora_fx.runtime import active_positions, gated
+from lora_fx.runtime.rows import active_positions, gated
 
 __all__ = ["KINDS", "ActivatedLora"]
 

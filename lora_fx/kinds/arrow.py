@@ -13,7 +13,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.ir import OutputBuilder, Role, Site
 from lora_fx.kinds import AdapterKind
-from lora_fx.runtime import routed
+from lora_fx.runtime.rows import routed
 
 __all__ = ["KINDS", "Arrow"]
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from lora_fx.ir import OutputBuilder, Role, Site
 from lora_fx.kinds import AdapterKind, Costs, Slot, Starting
-from lora_fx.runtime import fused_lora, fused_rows
+from lora_fx.runtime.kernels import fused_lora
+from lora_fx.runtime.rows import fused_rows
 
 __all__ = ["BIAS", "KINDS", "Lora", "bias_slot", "bias_start", "layer_objection"]
 

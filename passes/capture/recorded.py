@@ -25,7 +25,7 @@ from lora_fx.passes.graph import (
     children_of,
     is_constant,
 )
-from lora_fx.runtime import subclass
+from lora_fx.runtime.modules import subclass
 
 if TYPE_CHECKING:
     from lora_fx.passes.capture.trace import Recorder

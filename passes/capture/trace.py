@@ -52,7 +52,7 @@ from lora_fx.passes.graph import (
     parameters_of,
     wraps_own_forward,
 )
-from lora_fx.runtime import inner_of
+from lora_fx.runtime.modules import inner_of
 
 __all__ = ["Recorder", "Untraceable", "trace"]
 

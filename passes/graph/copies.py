@@ -27,7 +27,7 @@ from lora_fx.formats import LibraryLayers, format_of, formats
 from lora_fx.passes.graph.nodes import is_lazy
 from lora_fx.passes.graph.partitions import copy_partitioned, is_partitioned, partitioned_twin
 from lora_fx.passes.graph.units import copy_units, is_unit
-from lora_fx.runtime import held_in
+from lora_fx.runtime.modules import held_in
 
 __all__ = [
     "ATOMS",

@@ -7,7 +7,8 @@ from typing import Any
 from torch import fx, nn
 
 from lora_fx.ir import record_of
-from lora_fx.runtime import BASE, GRAPH, inner_class
+from lora_fx.runtime import GRAPH
+from lora_fx.runtime.modules import BASE, inner_class
 
 __all__ = [
     "KEPT",

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.runtime import BASE, AdapterModule, base_parameter
+from lora_fx.runtime import base_parameter
+from lora_fx.runtime.modules import BASE, AdapterModule
 
 __all__ = [
     "BASE_OF",

@@ -28,17 +28,13 @@ from lora_fx.passes.graph.signature import (
     FALLBACK,
     forwarding_source,
 )
-from lora_fx.runtime import (
+from lora_fx.runtime import CODE, GRAPH, Hooked, disarm, entry
+from lora_fx.runtime.modules import (
     BASE,
-    CODE,
-    GRAPH,
     AdapterModule,
     Blank,
-    Hooked,
     around,
     blank,
-    disarm,
-    entry,
     give_class,
     held_in,
     subclass,

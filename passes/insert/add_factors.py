@@ -36,7 +36,7 @@ from lora_fx.passes.parameters import (
     module_at,
     weight_at,
 )
-from lora_fx.runtime import (
+from lora_fx.runtime.modules import (
     AdapterDropouts,
     AdapterFactors,
     AdapterState,

@@ -51,7 +51,8 @@ from lora_fx.passes.parameters import (
     weight_at,
 )
 from lora_fx.passes.patterns import path_to_weight, pattern_of
-from lora_fx.runtime import branch, parts
+from lora_fx.runtime.kernels import branch
+from lora_fx.runtime.modules import parts
 
 __all__ = ["Branch", "Insert", "See", "Writer", "observed", "read_base"]
 

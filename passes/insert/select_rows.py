@@ -29,12 +29,11 @@ from lora_fx.ir import (
 )
 from lora_fx.passes.graph import GraphPass, copy_graph
 from lora_fx.passes.patterns import Product, constant_of, product_of, rows_of_einsum
-from lora_fx.runtime import (
+from lora_fx.runtime import experts, output_padding
+from lora_fx.runtime.rows import (
     COLUMNS,
     add_rows,
     ends_selected,
-    experts,
-    output_padding,
     put_rows,
     rows_added,
     rows_of_tokens,

@@ -52,7 +52,8 @@ from lora_fx.passes.parameters import (
     with_part,
 )
 from lora_fx.passes.trainers import copy_without_trainers
-from lora_fx.runtime import AdapterModule, unwatch_calls, unwatch_tokens
+from lora_fx.runtime.modules import AdapterModule
+from lora_fx.runtime.rows import unwatch_calls, unwatch_tokens
 
 __all__ = [
     "KEPT_IN_FP32",

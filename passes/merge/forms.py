@@ -32,7 +32,7 @@ from lora_fx.passes.parameters import (
     gathered,
     weight_at,
 )
-from lora_fx.runtime import deployed
+from lora_fx.runtime.kernels import deployed
 
 __all__ = [
     "become_layers",

@@ -108,7 +108,7 @@ from lora_fx.passes.parameters import (
     whole_shape,
 )
 from lora_fx.progress import Progress, show_progress
-from lora_fx.runtime import called_by_all, check_equal
+from lora_fx.runtime.modules import called_by_all, check_equal
 
 __all__ = [
     "Changes",

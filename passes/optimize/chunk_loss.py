@@ -27,7 +27,7 @@ from lora_fx.ir import (
     tag_of,
 )
 from lora_fx.passes.graph import copy_graph, may_write
-from lora_fx.runtime import logits
+from lora_fx.runtime.loss import logits
 
 __all__ = ["ChunkLoss"]
 

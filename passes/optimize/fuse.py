@@ -3,10 +3,10 @@
 - :class:`Fuse` turns an operation and its branch into one node. The adapter kind has named the function
   (:meth:`lora_fx.ir.OutputBuilder.fuse_by`), and ``insert`` has stored it on the node that adds the branch.
   This pass checks that the function can compute the operation.
-- :class:`ShareInputs` then joins fused operations that read the same input
-  (:func:`lora_fx.runtime.lora_linears`). q, k and v of an attention layer get one product with all their
-  A's, and one gradient of their input. The operations must be in one graph. This is so if ``export`` has
-  captured the model as a whole, or if one module applies several weights.
+- :class:`ShareInputs` then joins fused operations that read the same input (``fused_lora.lora_linears``). q,
+  k and v of an attention layer get one product with all their A's, and one gradient of their input. The
+  operations must be in one graph. This is so if ``export`` has captured the model as a whole, or if one
+  module applies several weights.
 - :class:`FuseRows` serves a batch whose rows have different adapters. It turns an operation and the
   branches of all adapters into one node.
 - :class:`Deploy` fuses the operations whose adapted weight is trained for a storage (``deploy=``). It runs
@@ -45,7 +45,7 @@ from lora_fx.ir import (
 from lora_fx.passes.graph import GraphPass, arguments, copy_graph, may_write, target_of
 from lora_fx.passes.insert import ROWS
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
-from lora_fx.runtime import deployed, fused_lora, masks
+from lora_fx.runtime.kernels import deployed, fused_lora, masks
 
 __all__ = [
     "Base",

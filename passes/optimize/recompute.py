@@ -44,7 +44,8 @@ from lora_fx.passes.graph import (
     original_class,
     target_of,
 )
-from lora_fx.runtime import AdapterModule, recompute
+from lora_fx.runtime.kernels import recompute
+from lora_fx.runtime.modules import AdapterModule
 
 __all__ = ["Recompute"]
 
@@ -126,7 +127,7 @@ def _is_dtype(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _ChainNodes:
-    """A chain in a graph, before it becomes a :class:`lora_fx.runtime.Chain`.
+    """A chain in a graph, before it becomes a :class:`lora_fx.runtime.kernels.recompute.Chain`.
 
     Attributes:
         root: The node of its result.

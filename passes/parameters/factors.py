@@ -22,7 +22,7 @@ from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.ir import Factors, PlannedSite, PlannedTokens, Site, join, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import (
+from lora_fx.runtime.modules import (
     AdapterDropouts,
     AdapterFactors,
     Holder,

@@ -27,7 +27,7 @@ from lora_fx.passes.parameters.replacements import (
     module_at,
     weight_at,
 )
-from lora_fx.runtime import called_by_all
+from lora_fx.runtime.modules import called_by_all
 
 __all__ = [
     "FactorLayout",

@@ -21,7 +21,7 @@ from lora_fx.passes.graph import (
     put_together,
     whole_shape,
 )
-from lora_fx.runtime import AdapterModule, KeptTensors
+from lora_fx.runtime.modules import AdapterModule, KeptTensors
 
 __all__ = [
     "KEPT",

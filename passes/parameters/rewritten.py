@@ -37,7 +37,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.parameters.factors import DROPOUT, factor_names, rows_name
 from lora_fx.passes.parameters.replacements import KEPT, base_modules, base_parameters
-from lora_fx.runtime import AdapterModule
+from lora_fx.runtime.modules import AdapterModule
 
 __all__ = [
     "AroundModel",

@@ -71,7 +71,7 @@ from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
 from lora_fx.passes.plan.deploying import with_deployment
 from lora_fx.passes.plan.peft_experts import with_experts
-from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder
+from lora_fx.runtime.modules import AdapterDropouts, AdapterFactors, Holder
 
 __all__ = [
     "MakePlan",

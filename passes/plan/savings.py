@@ -32,7 +32,8 @@ from lora_fx.formats import PackedTensor
 from lora_fx.ir import Capture, Pass, PassResult, Savings, Site, Span, join
 from lora_fx.kinds import kind_of
 from lora_fx.passes.plan.spans import find_spans
-from lora_fx.runtime import AdapterModule, Follower
+from lora_fx.runtime.modules import AdapterModule
+from lora_fx.runtime.rows import Follower
 from lora_fx.torch_private import data_address, pytree, version_counter
 
 __all__ = ["FindSavings", "find_blocks", "find_savings"]

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from lora_fx import torch_private
 from lora_fx.ir import Capture, Span, join
 from lora_fx.passes.graph import GuardedCodeGen, target_of
-from lora_fx.runtime import LazyTensor, Source, lazy_result
+from lora_fx.runtime.memory import LazyTensor, Source, lazy_result
 from lora_fx.torch_private import pytree
 
 __all__ = ["find_spans"]

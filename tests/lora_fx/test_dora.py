@@ -13,8 +13,7 @@ from torch.autograd import gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime import branch
-from lora_fx.runtime.kernels import dora
+from lora_fx.runtime.kernels import branch, dora
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample
 

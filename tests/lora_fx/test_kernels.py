@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from lora_fx.runtime import masks
+from lora_fx.runtime.kernels import masks
 from lora_fx.runtime.kernels.fused_lora import lora_linear
 from lora_fx.runtime.kernels.masks import draw, kept, unpacked
 from tests.fused import (

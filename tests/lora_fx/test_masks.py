@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_fx.runtime import masks
+from lora_fx.runtime.kernels import masks
 from lora_fx.runtime.kernels.masks import draw, kept, unpacked
 from tests.numerics import assert_same_bits
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx import ConfigError
-from lora_fx.runtime import PatchedWeight, RowParameter
+from lora_fx.runtime.rows import PatchedWeight, RowParameter
 
 SLOTS = torch.tensor([2, 0, 1, 2])
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

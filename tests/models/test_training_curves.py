@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.runtime import fused_lora as _fused_branch
+from lora_fx.runtime.kernels import fused_lora as _fused_branch
 from lora_fx.runtime.kernels.masks import recovery
 from lora_fx.tools.demo import Batch, SentenceClassifier, batches, collect, tokens
 

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
-from lora_fx.runtime import logits
-from lora_fx.runtime.loss import chunked
+from lora_fx.runtime.loss import chunked, logits
 from lora_fx.tools.bench.counted import measure_memory, saved_bytes
 from tests.numerics import TORCH
 

@@ -21,7 +21,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from lora_fx.errors import ConfigError
-from lora_fx.runtime import masks
+from lora_fx.runtime.kernels import masks
 from lora_fx.tools.bench import goals, learning, one_linear, report, step_sections
 from lora_fx.tools.bench import measure as hardware
 from lora_fx.tools.bench.contenders import (

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_fx.runtime import masks
+from lora_fx.runtime.kernels import masks
 from lora_fx.tools.bench import contenders
 from lora_fx.tools.bench.counted import saved_bytes
 from lora_fx.tools.bench.measure import (

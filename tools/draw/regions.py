@@ -17,7 +17,8 @@ from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Region, Role, adapters_of, join, tag_of
 from lora_fx.passes.capture import MODULE_STACK
 from lora_fx.passes.graph import elements, original_class
-from lora_fx.runtime import AdapterModule, in_place
+from lora_fx.runtime import in_place
+from lora_fx.runtime.modules import AdapterModule
 from lora_fx.tools.draw.picture import (
     Box,
     Branch,

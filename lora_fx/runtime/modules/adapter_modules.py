@@ -28,18 +28,9 @@ __all__ = [
 
 # Adapter names that would hide attributes of modules or of lora_fx.runtime.rows.samples.SampleRows.
 _TAKEN = (
-    *(
-        "training",
-        "thread",
-        "threads",
-        "inherited",
-        "samples",
-        "repeats",
-        "state",
-        "proofs",
-        "folded",
-    ),
-    *("assign", "assigned", "of_blocks", "reassign", "settle", "lay_out"),
+    *("training", "thread", "threads", "inherited", "samples", "repeats", "state"),
+    *("proofs", "folded"),
+    *("assign", "assigned", "of_blocks", "reassign", "settle", "lay_out", "slots"),
 )
 
 
@@ -221,8 +212,8 @@ class Holder(AdapterModule):
         """
         raise ConfigError(
             "code goes through the children of a module and calls each, and one of them holds the adapter of "
-            "a parameter: leave out what is a lora_fx.runtime.AdapterModule, or leave the parameter out of "
-            "target_parameters"
+            "a parameter: leave out what is a lora_fx.runtime.modules.AdapterModule, or leave the parameter "
+            "out of target_parameters"
         )
 
 
