@@ -139,7 +139,6 @@ __all__ = [
     "unwrap_functorch",
     "version_counter",
     "view_base",
-    "without_torch_function",
     "wrapped_functions",
 ]
 
@@ -419,11 +418,6 @@ def as_parameter(tensor: Tensor) -> Tensor:
 def is_assertion(target: Any) -> bool:
     """Return True for an operator in an exported graph that asserts a value or the metadata of a tensor."""
     return "_assert" in str(target)
-
-
-def without_torch_function() -> Any:
-    """Return a context without ``__torch_function__``: subclasses only have ``__torch_dispatch__``."""
-    return torch._C.DisableTorchFunctionSubclass()
 
 
 def reduce_parameter(parameter: Any) -> tuple[Any, ...]:

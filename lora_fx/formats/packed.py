@@ -145,7 +145,7 @@ class PackedTensor(Tensor):
         kwargs = kwargs or {}
         if func is F.linear and len(args) > 1 and isinstance(args[1], PackedTensor):
             return quantized_linear(*args, **kwargs)
-        with torch_private.without_torch_function():
+        with torch_private.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     @classmethod

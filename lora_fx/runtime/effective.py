@@ -174,7 +174,7 @@ class EffectiveWeight(torch.Tensor):
             return func(args[0].values().detach(), *args[1:], **kwargs)
         elif func in _MEMORY:
             _refuse_memory(func, args[0])
-        with torch_private.without_torch_function():
+        with torch_private.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     @classmethod
@@ -298,17 +298,9 @@ def _parts(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 _WAYS = [
-    "linear",
-    "matmul",
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "einsum",
-    "embedding",
-    "embedding_bag",
+    *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "embedding", "embedding_bag"),
+    *(f"conv{turned}{dims}d" for turned in ("", "_transpose") for dims in (1, 2, 3)),
 ]
-_WAYS += [f"conv{turned}{dims}d" for turned in ("", "_transpose") for dims in (1, 2, 3)]
 PRODUCTS = frozenset(
     function
     for home in (torch, torch.Tensor, nn.functional)

@@ -36,28 +36,17 @@ __all__ = [
 
 # Indices of the arguments of an operator that can be weights, or lists of weights.
 _OPERANDS: dict[str, tuple[int, ...]] = {
-    "addbmm": (1, 2),
-    "addmm": (1, 2),
-    "addmv": (1, 2),
-    "baddbmm": (1, 2),
-    "bmm": (0, 1),
-    "convolution": (1,),
-    "dot": (0, 1),
-    "embedding": (0,),
-    "_embedding_bag": (0,),
-    "_embedding_bag_forward_only": (0,),
-    "_grouped_mm": (0, 1),
-    "_scaled_grouped_mm": (0, 1),
-    "gru": (2, 3),
-    "linear": (1,),
-    "lstm": (2, 3),
-    "mkldnn_rnn_layer": (1, 2),
-    "mm": (0, 1),
-    "mv": (0, 1),
-    "_native_multi_head_attention": (5, 7),
-    "_transformer_encoder_layer_fwd": (3, 5, 14, 16),
-    "rnn_relu": (2, 3),
-    "rnn_tanh": (2, 3),
+    name: indices
+    for names, indices in (
+        ("addbmm addmm addmv baddbmm mkldnn_rnn_layer", (1, 2)),
+        ("bmm dot mm mv _grouped_mm _scaled_grouped_mm", (0, 1)),
+        ("convolution linear", (1,)),
+        ("embedding _embedding_bag _embedding_bag_forward_only", (0,)),
+        ("gru lstm rnn_relu rnn_tanh", (2, 3)),
+        ("_native_multi_head_attention", (5, 7)),
+        ("_transformer_encoder_layer_fwd", (3, 5, 14, 16)),
+    )
+    for name in names.split()
 }
 # Operators whose weight may be a vector. In other operators a vector is a bias.
 _VECTORS = {"addmv", "dot", "mv"}
@@ -207,10 +196,11 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
     Raises:
         CaptureError: If the inputs do not fit the model, the outputs differ by more than 1e-6.
     """
-    reference, left = _reference(model, example_inputs, _run_until_state_settles)
+    reference, left = _in_words(_with_what_is_left, share_copy(model), example_inputs)
     runs = _runnable(capture.model, capture.regions.values())
     try:
-        outputs = [_run_with_inputs(runs, example_inputs) for _ in reference]
+        with torch.no_grad():
+            outputs = [_called(runs, example_inputs) for _ in reference]
     except CaptureError:
         raise
     except Exception as error:
@@ -249,7 +239,8 @@ def run_reference(model: nn.Module, example_inputs: Any) -> Any:
     Raises:
         CaptureError: If the inputs do not fit the model.
     """
-    return _reference(model, example_inputs, _run)
+    with torch.no_grad():
+        return _in_words(_called, share_copy(model), example_inputs)[0]
 
 
 def run_once(model: nn.Module, example_inputs: Any) -> Any:
@@ -260,7 +251,7 @@ def run_once(model: nn.Module, example_inputs: Any) -> Any:
     Raises:
         CaptureError: If the inputs do not fit the model.
     """
-    return _in_words(_called, model, example_inputs)
+    return _in_words(_called, model, example_inputs)[0]
 
 
 def watch_reference(model: nn.Module, example_inputs: Any) -> Count:
@@ -275,12 +266,7 @@ def watch_reference(model: nn.Module, example_inputs: Any) -> Count:
         with torch.random.fork_rng(devices=_devices(runs)):
             return count_weights(runs.eval(), args, kwargs)
 
-    return _reference(model, example_inputs, watch)
-
-
-def _reference(model: nn.Module, example_inputs: Any, run: Callable[[nn.Module, Any], _T]) -> _T:
-    normalize(example_inputs)
-    return _in_words(run, share_copy(model), example_inputs)
+    return _in_words(watch, share_copy(model), example_inputs)
 
 
 def _in_words(run: Callable[[nn.Module, Any], _T], model: nn.Module, example_inputs: Any) -> _T:
@@ -301,42 +287,31 @@ def _devices(model: nn.Module) -> set[torch.device]:
     return {p.device for p in model.parameters() if p.device.type == "cuda"}
 
 
-def _run(model: nn.Module, example_inputs: Any) -> Any:
-    """Return a model's output in eval mode. Every run starts from the same random state, and restores it."""
-    with torch.no_grad():
-        return _called(model, example_inputs)
-
-
-def _run_with_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, list[torch.Tensor]]:
-    """Return the output, and the input tensors after the call, which may write into them."""
-    inputs = pytree.tree_map(_copied_input, normalize(example_inputs))
-    with torch.no_grad():
-        output = _called_with(model, *inputs)
-    return output, [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-
-
-def _run_until_state_settles(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
-    """Run a model once, or twice if the first call changed its state. Return the outputs and the change."""
+def _with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
+    """Return the output, a second one if the first call changed state, and the change in words or None."""
     before = State(model)
-    outputs = [_run_with_inputs(model, example_inputs)]
-    left = before.changed()
-    if left is not None:
-        outputs.append(_run_with_inputs(model, example_inputs))
+    with torch.no_grad():
+        outputs = [_called(model, example_inputs)]
+        left = before.changed()
+        if left is not None:
+            outputs.append(_called(model, example_inputs))
     return outputs, left
 
 
-def _called(model: nn.Module, example_inputs: Any) -> Any:
-    # Copy the inputs, because a forward may write into tensors and caches.
-    return _called_with(model, *pytree.tree_map(_copied_input, normalize(example_inputs)))
+def _called(model: nn.Module, example_inputs: Any) -> tuple[Any, list[torch.Tensor]]:
+    """Return the output in eval mode, and the input tensors after the call, which may write into them.
 
-
-def _called_with(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    Every call starts from the same random state, and keeps it.
+    """
+    # A forward may write into its inputs: into tensors, and often into caches.
+    args, kwargs = inputs = pytree.tree_map(_copied_input, normalize(example_inputs))
     before = State(nn.Module())
     try:
         with torch.random.fork_rng(devices=_devices(model)), _without_fast_path():
-            return model.eval()(*args, **kwargs)
+            output = model.eval()(*args, **kwargs)
     finally:
         before.restore()  # the random state of Python and NumPy
+    return output, list(_tensors(inputs))
 
 
 @contextlib.contextmanager

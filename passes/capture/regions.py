@@ -146,7 +146,8 @@ class Graphs:
                 graph, doubt = trace(module, check_none=not is_built_in(module))
             else:
                 more = written_conditions(module)
-                graph, doubt = trace(module, {}, check_none=False, forward=forward, conditions=more)
+                options = {"fixed": False, "check_none": False}
+                graph, doubt = trace(module, forward=forward, conditions=more, **options)
         except Untraceable as reason:
             self._failed[kind] = reason
             raise
@@ -295,7 +296,7 @@ def _why_sealed(module: nn.Module) -> str | None:
 
 
 def _sealed(module: nn.Module) -> bool:
-    """Return True if a module of torch.nn applies its own and its children's weights in one opaque call."""
+    """Return True if a module of torch.nn applies its weights, and its children's, in one opaque call."""
     open_ones = (*_OPERATIONS, nn.Sequential, nn.Transformer)
     written = written_out(module) is not None
     return not (written or isinstance(module, open_ones) or _container(module))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from torch import nn
 from lora_fx.errors import CaptureError
 from lora_fx.torch_private import pytree
 
-__all__ = ["CACHE", "by_place", "describe", "named_inputs", "normalize", "synthesise"]
+__all__ = ["CACHE", "describe", "named_inputs", "normalize", "synthesise"]
 
 
 CACHE = "use_cache"
@@ -90,36 +89,6 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     if CACHE in signature.parameters and hasattr(model, "config") and inputs.get(CACHE) is None:
         inputs[CACHE] = False
     return inputs
-
-
-def by_place(
-    model: nn.Module, example_inputs: Any, named: dict[str, Any]
-) -> tuple[Any, ...] | None:
-    """Return the example inputs as positional arguments, if a call by keyword may have another result.
-
-    This is possible for a forward with ``*args`` or ``**kwargs``, such as that of a decorator.
-
-    Args:
-        model: The model.
-        example_inputs: Same as for :func:`normalize`.
-        named: The result of :func:`named_inputs` for these inputs.
-
-    Returns:
-        The positional arguments. None if the forward has neither ``*args`` nor ``**kwargs``, or if no
-        argument can be positional.
-    """
-    code = getattr(getattr(model.forward, "__func__", model.forward), "__code__", None)
-    if code is not None and not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
-        return None
-    args, _ = normalize(example_inputs)
-    if args:
-        return args
-    parameters = inspect.signature(model.forward).parameters.values()
-    # Up to the first missing argument. Keyword-only arguments are left out.
-    names = itertools.takewhile(
-        named.__contains__, (p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-    )
-    return tuple(named[name] for name in names) or None
 
 
 def describe(inputs: Any) -> str:

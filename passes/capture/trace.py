@@ -96,8 +96,8 @@ class Untraceable(Exception):
 
 def trace(
     module: nn.Module,
-    fixed: dict[str, Any] | None = None,
     *,
+    fixed: bool = True,
     check_none: bool = True,
     forward: Callable[..., Any] | None = None,
     conditions: tuple[str, ...] = (),
@@ -106,8 +106,7 @@ def trace(
 
     Args:
         module: The module. It is not changed.
-        fixed: Values of parameters that are not inputs of the graph. By default every parameter with a
-            default value is fixed to it.
+        fixed: True to fix parameters with a default value to it. They are then no inputs of the graph.
         check_none: See :class:`GuardedCodeGen`.
         forward: Function to trace instead of the module's own forward, with the same signature.
         conditions: Python expressions in ``self`` that are true if the graph does not apply.
@@ -122,7 +121,7 @@ def trace(
     if forward is None and "forward" in module.__dict__ and not wraps_own_forward(module):
         raise Untraceable("its forward was replaced on the instance")
     own = forward or inner_of(type(module).forward)
-    parameters = parameters_of(own, fixed)
+    parameters = parameters_of(own, fixed=fixed)
     _check_parameters(parameters)
     recorder = Recorder(module)
     try:
@@ -228,9 +227,9 @@ class Recorder(fx.Tracer):
         positional: list[Any] = [self.root]
         keywords: dict[str, Any] = {}
         for position, p in enumerate(parameters, start=1):
-            if p.variadic or (not p.traced and p.value is p.default):
-                continue  # leave the argument out, so that it has its default
-            value = self.create_proxy("placeholder", p.name, (), {}) if p.traced else p.value
+            if not p.traced:
+                continue  # left out, as by a caller who wants the default
+            value = self.create_proxy("placeholder", p.name, (), {})
             if p.kind != inspect.Parameter.KEYWORD_ONLY and len(positional) == position:
                 positional.append(value)
             else:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from lora_fx.passes.graph.copies import (
-    ATOMS,
     check_model,
-    children,
     exchange,
     holder_of,
     memory_of,
     share_copy,
-    stands_apart,
     storage_of,
 )
 from lora_fx.passes.graph.modules import (
@@ -75,7 +72,6 @@ from lora_fx.passes.graph.signature import (
 from lora_fx.passes.graph.units import is_unit, shard_again, units_of
 
 __all__ = [
-    "ATOMS",
     "CONSTANT",
     "UNINITIALIZED",
     "ChildrenRead",
@@ -94,7 +90,6 @@ __all__ = [
     "ValueRead",
     "arguments",
     "check_model",
-    "children",
     "children_of",
     "class_name",
     "conditions_of",
@@ -131,7 +126,6 @@ __all__ = [
     "shard_again",
     "share_copy",
     "show_shapes",
-    "stands_apart",
     "storage_of",
     "target_of",
     "uninstall",

@@ -30,20 +30,16 @@ from lora_fx.passes.graph.units import copy_units, is_unit
 from lora_fx.runtime.modules import held_in
 
 __all__ = [
-    "ATOMS",
     "check_model",
-    "children",
     "exchange",
-    "follow",
     "holder_of",
     "memory_of",
     "share_copy",
-    "stands_apart",
     "storage_of",
 ]
 
 
-ATOMS = (
+_ATOMS = (
     *(str, bytes, int, float, complex, bool, type(None), range, slice, type, types.ModuleType),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator),
 )
@@ -60,8 +56,8 @@ _APART = (sys.stdlib_module_names | {"torch", "numpy", "lora_fx", "deepspeed"}) 
 """Packages whose objects are never a part of a model. Most are in the standard library."""
 
 
-def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) -> None:
-    """Make everything that a copied model reaches refer to the copy instead of the original.
+def _follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) -> None:
+    """Replace references to the original model, in everything that its copy reaches, by those to the copy.
 
     Args:
         result: The copy. It is changed.
@@ -176,7 +172,7 @@ class _Following:
                     continue
                 atom = atoms.get(cls)
                 if atom is None:
-                    atom = isinstance(child, ATOMS)
+                    atom = isinstance(child, _ATOMS)
                     if child.__class__ is cls:  # a proxy has the class of another object
                         atoms[cls] = atom
                 if atom:
@@ -195,7 +191,7 @@ class _Following:
         pending: deque[tuple[str, Any]] = deque([("the model", value)])
         while pending:
             path, parent = pending.popleft()
-            for label, child in children(parent):
+            for label, child in _children(parent):
                 if id(child) in self._originals:
                     return path + label
                 if id(child) not in seen:
@@ -233,7 +229,7 @@ class _Following:
 
     def followed(self, value: Any) -> Any:
         """Return the counterpart of a value in the copy: the value itself if it reaches no original."""
-        if isinstance(value, ATOMS) or id(value) in self._none:
+        if isinstance(value, _ATOMS) or id(value) in self._none:
             return value
         if id(value) in self._originals:
             return self._memo.get(id(value), value)
@@ -302,7 +298,7 @@ def _mapped(follow_one: Any, items: dict[str, Any] | None) -> dict[str, Any] | N
 
 
 def _held(value: Any) -> Iterable[Any]:
-    """Return the objects that a value refers to, as :func:`children` does, but faster and without labels."""
+    """Return the objects that a value holds, as :func:`_children` does, without labels and faster."""
     if isinstance(value, nn.Module):
         return value.__dict__.values()
     if isinstance(value, _KEYED):
@@ -311,11 +307,11 @@ def _held(value: Any) -> Iterable[Any]:
         return _attributes(value).values()
     if isinstance(value, _SEQUENCES):
         return value
-    return [child for _, child in children(value)]
+    return [child for _, child in _children(value)]
 
 
-def children(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the objects that a value refers to, each with its label in a path such as ``.layers[0]``."""
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the objects that a value holds, each with a label for the path to it."""
     for kind, contents in _CHILDREN_BY_CLASS:
         if isinstance(value, kind):
             yield from contents(value)
@@ -395,12 +391,7 @@ def _slots(value: Any) -> Iterator[tuple[str, Any]]:
 def _is_apart(value: Any) -> bool:
     if type(value).__name__ == torch_private.HOOK_WRAPPER:  # torch's wrapper around a hook
         return False
-    return stands_apart(type(value).__module__)
-
-
-def stands_apart(module: str | None) -> bool:
-    """Return True for the name of a Python module whose objects are never a part of a model."""
-    return (module or "").partition(".")[0] in _APART
+    return (type(value).__module__ or "").partition(".")[0] in _APART
 
 
 _EMPTY = (dict, OrderedDict)
@@ -430,7 +421,7 @@ def share_copy(
     if not sharded:
         _check_whole(model)
     absent = object()
-    left = [value for value in left_out if not isinstance(value, ATOMS)]
+    left = [value for value in left_out if not isinstance(value, _ATOMS)]
     memo: dict[int, Any] = {id(value): absent for value in left}
     modules = list(model.modules())
     parameters: list[nn.Parameter] = []
@@ -462,7 +453,7 @@ def share_copy(
         clean(result)
     # From Python 3.14 on, deepcopy does not look up functions in the memo, so the memo cannot leave them out.
     _leave_out(result, {id(absent), *map(id, left)})
-    follow(result, memo, (*modules, *parameters))
+    _follow(result, memo, (*modules, *parameters))
     _settle(result, libraries)
     return result
 

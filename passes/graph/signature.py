@@ -15,7 +15,6 @@ adapters applied.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import inspect
 import math
 import types
@@ -43,7 +42,6 @@ _STARS: dict[int, str] = {
     inspect.Parameter.VAR_POSITIONAL: "*",
     inspect.Parameter.VAR_KEYWORD: "**",
 }
-_OMITTED, _GIVEN = "_lora_fx_omitted", "_lora_fx_given"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +51,14 @@ class Parameter:
     Attributes:
         name: Its name.
         kind: ``inspect.Parameter.kind`` as an integer.
-        traced: True if it is an input of the graph; otherwise it was fixed to ``value``.
-        value: The fixed value.
+        traced: True if it is an input of the graph; otherwise it was fixed to its default.
         default: The default, or ``inspect.Parameter.empty``.
-        omitted: True if its default marks a missing argument, which a decorator may check for.
     """
 
     name: str
     kind: int
     traced: bool
-    value: Any = None
     default: Any = inspect.Parameter.empty
-    omitted: bool = False
 
     @property
     def variadic(self) -> bool:
@@ -77,12 +71,12 @@ class Parameter:
         return _STARS.get(self.kind, "")
 
 
-def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Parameter, ...]:
+def parameters_of(forward: Any, *, fixed: bool = True) -> tuple[Parameter, ...]:
     """Return the parameters of a ``forward`` method, without ``self``.
 
     Args:
         forward: The unbound method.
-        fixed: Values to fix parameters to. By default, parameters with a default value are fixed to it.
+        fixed: True to fix parameters with a default value to it.
 
     Returns:
         The parameters in order. ``*args`` and ``**kwargs`` are fixed to empty.
@@ -96,12 +90,8 @@ def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Pa
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             result.append(Parameter(p.name, int(p.kind), traced=False))
             continue
-        optional = p.default is not p.empty
-        if fixed is None:
-            value, traced = (p.default, False) if optional else (None, True)
-        else:
-            value, traced = (fixed[p.name], False) if p.name in fixed else (None, True)
-        result.append(Parameter(p.name, int(p.kind), traced, value, p.default))
+        traced = p.default is p.empty or not fixed
+        result.append(Parameter(p.name, int(p.kind), traced, p.default))
     return tuple(result)
 
 
@@ -130,27 +120,13 @@ def wrapped_forward(forward: Any) -> Any:
 
 
 def forwarding_source(forward: Any, chosen: str) -> tuple[str, dict[str, Any]]:
-    """Return code of a ``forward`` that passes its arguments on unchanged, and the globals of that code.
-
-    Arguments that the caller leaves out are not passed on, because a decorator may check if they are there.
+    """Return code of a ``forward`` that passes its arguments on, and the globals of that code.
 
     Args:
         forward: The unbound method whose signature the code has.
         chosen: The global name of a function that takes the module and returns the method to call.
     """
-    parameters = parameters_of(forward, {})
-    spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    # Parameters before *args cannot be left out, because positional arguments follow.
-    positional: list[int] = [inspect.Parameter.POSITIONAL_ONLY]
-    positional += [inspect.Parameter.POSITIONAL_OR_KEYWORD] if spread else []
-    left_out = [
-        p.name
-        for p in parameters
-        if not p.variadic and p.kind not in positional and p.default is not inspect.Parameter.empty
-    ]
-    code = GuardedCodeGen(
-        tuple(dataclasses.replace(p, omitted=p.name in left_out) for p in parameters)
-    )
+    code = GuardedCodeGen(parameters_of(forward, fixed=False))
     head = f"def forward({', '.join(['self', *code._declared()])}):"
     call = f"{chosen}(self)({', '.join(['self', *code._passed()])})"
     return f"{head}\n    return {call}\n", code.constants()
@@ -197,21 +173,15 @@ class GuardedCodeGen(fx.graph.CodeGen):
         return f"{head}\n    if {test}:\n        return {FALLBACK}({call})"
 
     def constants(self) -> dict[str, Any]:
-        """Return the globals of the generated code: defaults and fixed values without a literal form.
+        """Return the globals of the generated code: defaults without a literal form.
 
         They are not passed as ``additional_globals`` of fx, which gives each object only one name, and drops
         objects of torch.
         """
         known = constants_of(self.reads)
-        if any(p.omitted for p in self.parameters):
-            known |= {_OMITTED: _Omitted.ARGUMENT, _GIVEN: _without_omitted}
         for p in self.parameters:
-            if p.omitted:
-                continue
             if p.default is not inspect.Parameter.empty and not _literal(p.default):
                 known[f"_default_{p.name}"] = p.default
-            if not p.traced and not p.variadic and not _literal(p.value):
-                known[f"_fixed_{p.name}"] = p.value
         return known
 
     def _argument_conditions(self) -> Iterator[str]:
@@ -223,13 +193,13 @@ class GuardedCodeGen(fx.graph.CodeGen):
                 # A trace takes every "is not None" branch, so a None must run the module's own forward.
                 if self.check_none:
                     yield f"{p.name} is None"
-            elif p.value is None or isinstance(p.value, bool):
-                yield f"{p.name} is not {p.value!r}"
-            elif _literal(p.value):
-                yield f"type({p.name}) is not {type(p.value).__name__}"
-                yield f"{p.name} != {p.value!r}"
+            elif p.default is None or isinstance(p.default, bool):
+                yield f"{p.name} is not {p.default!r}"
+            elif _literal(p.default):
+                yield f"type({p.name}) is not {type(p.default).__name__}"
+                yield f"{p.name} != {p.default!r}"
             else:
-                yield f"{p.name} is not _fixed_{p.name}"
+                yield f"{p.name} is not _default_{p.name}"
 
     def _declared(self) -> list[str]:
         declared, keyword_only = [], False
@@ -252,31 +222,15 @@ class GuardedCodeGen(fx.graph.CodeGen):
         if any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters):
             positional.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         passed = []
-        omitted = [f"{p.name}={p.name}" for p in self.parameters if p.omitted]
         for index, p in enumerate(self.parameters):
             by_position = p.kind in positional or (
                 index < self.positional and p.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
             )
-            if p.omitted:
-                if omitted and p.kind != inspect.Parameter.VAR_POSITIONAL:
-                    passed.append(f"**{_GIVEN}({', '.join(omitted)})")
-                    omitted = []
-            elif p.variadic or by_position:
+            if p.variadic or by_position:
                 passed.append(f"{p.stars}{p.name}")
             else:
                 passed.append(f"{p.name}={p.name}")
         return passed
-
-
-class _Omitted(enum.Enum):
-    """Default value that marks an argument that the caller has not passed."""
-
-    ARGUMENT = "omitted"
-
-
-def _without_omitted(**named: Any) -> dict[str, Any]:
-    """Return the arguments that the caller has passed: those whose value is not :class:`_Omitted`."""
-    return {name: value for name, value in named.items() if value is not _Omitted.ARGUMENT}
 
 
 def _literal(value: Any) -> bool:
@@ -287,6 +241,4 @@ def _literal(value: Any) -> bool:
 def _default(p: Parameter) -> str:
     if p.default is inspect.Parameter.empty:
         return ""
-    if p.omitted:
-        return f"={_OMITTED}"
     return f"={p.default!r}" if _literal(p.default) else f"=_default_{p.name}"

@@ -350,20 +350,13 @@ class _RowEditor:
             graph = self._region.graph
             holder = join(self._holders[tag.weight, tag.adapter], ROWS)
             with graph.inserting_before(before):
-                rows = graph.get_attr(join(holder, tag.adapter))
-                samples = graph.get_attr(join(holder, "samples"))
-                repeats = graph.get_attr(join(holder, "repeats"))
-                state = graph.get_attr(join(holder, "state"))
-                known: tuple[Any, ...] = (samples, repeats, state, tag.weight)
+                table = graph.get_attr(holder)
+                known: tuple[Any, ...] = (*args[1:], tag.weight)
                 if (axes.source, axes.least) != (0, 0):
-                    known = (*known, axes.source, axes.least)
-                operands = (
-                    (args[0], rows, *args[1:]) if function is not rows_of_tokens else (*args, rows)
-                )
-                call = graph.call_function(function, (*operands, *known))
+                    known = (*known, axes.source, *((axes.least,) if axes.least else ()))
+                call = graph.call_function(function, (args[0], table, tag.adapter, *known))
             role = Role.ROWS if function in (select_rows, rows_of_tokens) else Role.ADD
-            for node in (rows, samples, repeats, state, call):
-                node.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
+            table.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
             call.meta[META_KEY] = Tag(tag.weight, role, tag.adapter)
             self._made[key] = call
         return self._made[key]

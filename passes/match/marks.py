@@ -57,18 +57,10 @@ __all__ = [
 
 _SOURCE = "source"
 _HEAD_NAMES = frozenset(
-    {
-        "head",
-        "lm_head",
-        "classifier",
-        "score",
-        "fc",
-        "fc_out",
-        "out",
-        "output",
-        "logits",
+    (
+        *("head", "lm_head", "classifier", "score", "fc", "fc_out", "out", "output", "logits"),
         "proj_out",
-    }
+    )
 )
 
 
@@ -261,17 +253,8 @@ _CHOICES = {
 }
 _KEEPING = frozenset(
     (
-        *(
-            "softmax",
-            "_softmax",
-            "log_softmax",
-            "_log_softmax",
-            "sigmoid",
-            "tanh",
-            "relu",
-            "softplus",
-        ),
-        *("sqrt", "exp", "neg", "abs", "clamp", "clamp_", "nan_to_num", "dropout"),
+        *("softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid", "tanh", "relu"),
+        *("softplus", "sqrt", "exp", "neg", "abs", "clamp", "clamp_", "nan_to_num", "dropout"),
         *("add", "sub", "mul", "div", "truediv", "true_divide", "where", "masked_fill"),
         *("add_", "sub_", "mul_", "div_", "masked_fill_", "iadd", "isub", "imul", "itruediv"),
         *("to", "float", "double", "half", "bfloat16", "type", "type_as", "_to_copy"),
@@ -443,10 +426,7 @@ class _Flow:
     """Search that follows an output from graph to graph, along operations that keep its last axis."""
 
     def __init__(self, capture: Capture) -> None:
-        self._regions: dict[str, Region] = dict(capture.regions)
-        self._of_module: dict[str, list[Region]] = defaultdict(list)
-        for region in self._regions.values():
-            self._of_module[region.fqn].append(region)
+        self._regions = capture.regions
         self._callers: dict[str, list[tuple[Region, fx.Node]]] = defaultdict(list)
         for region in self._regions.values():
             for node in region.graph.nodes:
@@ -536,12 +516,13 @@ class _Flow:
         self, region: Region, node: fx.Node, call: fx.Node
     ) -> Iterator[tuple[Region, fx.Node]]:
         name = join(region.fqn, str(call.target))
-        for inner in self._of_module[name]:
+        inner, module = self._regions.get(name), self._modules.get(name)
+        if inner is not None:
             inputs = [candidate for candidate in inner.graph.nodes if candidate.op == "placeholder"]
-            for placeholder in _passed(inputs, call, node):
-                yield inner, placeholder
-        module = self._modules.get(name)
-        if not self._of_module[name] and module is not None and not _has_weights(module):
+            values = [*zip(inputs, call.args, strict=False)]
+            values += [(named, call.kwargs.get(str(named.target))) for named in inputs]
+            yield from ((inner, placeholder) for placeholder, value in values if value is node)
+        elif module is not None and not _has_weights(module):
             # An activation or a dropout, which has no graph.
             yield region, call
 
@@ -551,17 +532,6 @@ def _asks_for_shape(node: fx.Node) -> bool:
     if _name(node) == "getattr":
         return node.args[1] in ("shape", "dtype", "device", "ndim")
     return _name(node) in ("size", "sym_size", "dim", "numel", "len")
-
-
-def _passed(inputs: Iterable[fx.Node], call: fx.Node, node: fx.Node) -> Iterator[fx.Node]:
-    """Yield the placeholders that get the value of ``node`` in a call of a module."""
-    inputs = list(inputs)
-    for placeholder, value in zip(inputs, call.args, strict=False):
-        if value is node:
-            yield placeholder
-    for placeholder in inputs:
-        if call.kwargs.get(str(placeholder.target)) is node:
-            yield placeholder
 
 
 def _has_weights(module: nn.Module) -> bool:

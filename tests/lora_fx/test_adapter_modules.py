@@ -8,6 +8,7 @@ import torch
 
 import lora_fx
 from lora_fx.runtime.modules.adapter_modules import AdapterFactors, check_adapter_name
+from lora_fx.runtime.rows import SampleRows
 from tests.numerics import assert_same_bits
 from tests.zoo import Mlp
 
@@ -49,6 +50,12 @@ def test_names_that_cannot_are_refused(name: object) -> None:
     "name", ["add", "forward", "train", "parameters", "training", "samples", "repeats", "__init__"]
 )
 def test_names_that_nn_module_has_taken_are_refused(name: str) -> None:
+    with pytest.raises(lora_fx.ConfigError, match=r"attribute of nn\.Module"):
+        check_adapter_name(name)
+
+
+@pytest.mark.parametrize("name", [name for name in dir(SampleRows) if not name.startswith("_")])
+def test_names_of_the_table_of_samples_are_refused(name: str) -> None:
     with pytest.raises(lora_fx.ConfigError, match=r"attribute of nn\.Module"):
         check_adapter_name(name)
 

@@ -211,3 +211,13 @@ def test_replaced_rows_have_no_other_functions() -> None:
     assert weight.T.shape == (6, 9)
     with pytest.raises(ConfigError, match=r"embed\.weight has no values for each row in sum\(\)"):
         weight.sum()
+    x = drawn(4, 6)
+    for read in (
+        lambda: F.layer_norm(weight, (6,)),
+        lambda: F.rms_norm(weight, (6,)),
+        lambda: F.group_norm(weight, 2),
+        lambda: F.batch_norm(weight, torch.zeros(6), torch.ones(6)),
+        lambda: F.linear(x, drawn(9, 6), weight),
+    ):
+        with pytest.raises(ConfigError, match=r"embed\.weight has no values for each row"):
+            read()

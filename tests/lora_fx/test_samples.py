@@ -16,7 +16,7 @@ from torch import nn
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
 from lora_fx.ir.record import record_of
-from lora_fx.runtime.rows.samples import CallState, add_rows, select_rows
+from lora_fx.runtime.rows.samples import Assigned, CallState, SampleRows, add_rows, select_rows
 from tests.golden import check_golden, printed
 from tests.mixtures import MODELS
 from tests.numerics import assert_close, assert_same_bits
@@ -349,11 +349,18 @@ def test_it_compiles_whole() -> None:
 # --- the functions ----------------------------------------------------------------------------------
 
 
+def table_of(samples: int, own: list[int], state: CallState = CallState.FOLDED) -> SampleRows:
+    table = SampleRows(("a",), torch.device("cpu"))
+    table.reassign(Assigned(samples, 1, {"a": own}))
+    table.thread.state = state
+    return table
+
+
 def test_rows_are_selected_and_added_to() -> None:
     x = torch.arange(12.0).view(6, 2)
-    assert_same_bits(select_rows(x, torch.tensor([2, 0]), 6), x[[2, 0]])
-    assert_same_bits(select_rows(x, torch.tensor([1]), 3), x[2:4])
-    total = add_rows(torch.zeros(6, 2), torch.tensor([2, 0]), torch.ones(4, 2), 3)
+    assert_same_bits(select_rows(x, table_of(6, [2, 0]), "a"), x[[2, 0]])
+    assert_same_bits(select_rows(x, table_of(3, [1]), "a"), x[2:4])
+    total = add_rows(torch.zeros(6, 2), table_of(3, [2, 0]), "a", torch.ones(4, 2))
     assert total[:, 0].tolist() == [1, 1, 0, 0, 1, 1]
     for shape, samples, state in (
         ((6, 2), 4, CallState.FOLDED),
@@ -361,9 +368,9 @@ def test_rows_are_selected_and_added_to() -> None:
         ((), 1, CallState.FOLDED),
     ):
         with pytest.raises(ConfigError, match=f"does not begin with the {samples} samples"):
-            select_rows(torch.zeros(shape), torch.tensor([0]), samples, state=state)
+            select_rows(torch.zeros(shape), table_of(samples, [0], state), "a")
     with pytest.raises(ConfigError, match="called by itself"):
-        select_rows(x, torch.tensor([0]), 6, state=CallState.CLOSED)
+        select_rows(x, table_of(6, [0], CallState.CLOSED), "a")
 
 
 # --- errors: the model is as it was ------------------------------------------------------------------

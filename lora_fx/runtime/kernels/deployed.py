@@ -104,7 +104,7 @@ class _Rounded(torch.autograd.Function):
         ctx.save_for_backward(a, b)
         ctx.scale, ctx.dtype = scale, weight.dtype
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        return _values(deployed_weight(weight, a, b, scale, deploy), dtype)
+        return dense(deployed_weight(weight, a, b, scale, deploy), dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -115,10 +115,6 @@ class _Rounded(torch.autograd.Function):
             grad_a = (b.T.to(grad.dtype) @ grad * ctx.scale).to(a.dtype) if of_a else None
             grad_b = (grad @ a.T.to(grad.dtype) * ctx.scale).to(b.dtype) if of_b else None
         return grad.to(ctx.dtype) if wants else None, grad_a, grad_b, None, None
-
-
-def _values(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return dense(weight, dtype)
 
 
 @torch.library.custom_op("lora_fx::deployed_values", mutates_args=())
@@ -135,22 +131,12 @@ def _deployed_values(
 ) -> Tensor:
     """Compute the values of ``Q(W + s·BA)`` for a dense weight. A compiler sees only one operator."""
     deploy = Deployment(form, rounded_to, block_size, double)
-    return _values(deployed_weight(weight, a, b, scale, deploy), dtype)
+    return dense(deployed_weight(weight, a, b, scale, deploy), dtype)
 
 
 @_deployed_values.register_fake
-def _(
-    weight: Tensor,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    form: str,
-    rounded_to: torch.dtype | None,
-    block_size: int | None,
-    double: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+def _(weight: Tensor, *options: Any) -> Tensor:
+    return torch.empty(weight.shape, dtype=options[-1], device=weight.device)
 
 
 class _Options(NamedTuple):

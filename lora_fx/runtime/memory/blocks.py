@@ -81,30 +81,9 @@ def _checkpointed(
 ) -> Any:
     if torch.compiler.is_compiling():
         return checkpoint(call, *tensors, use_reentrant=False)
-    contexts = functools.partial(_contexts, Replay(module), _around.get())
+    contexts = (contextlib.nullcontext(), Replay(module, _around.get()))
     with on_host(tensors, blocks):
-        return checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
-
-
-def _contexts(replay: Replay, around: _Contexts) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _BackwardContext(replay, around)
-
-
-class _BackwardContext:
-    """Context in which the backward runs a block again: a :class:`Replay` inside of another context."""
-
-    def __init__(self, replay: Replay, around: _Contexts) -> None:
-        self._replay, self._around = replay, around
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> None:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._around())
-            stack.enter_context(self._replay)
-            self._stack = stack.pop_all()
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+        return checkpoint(call, *tensors, use_reentrant=False, context_fn=lambda: contexts)
 
 
 _PLAIN = (Tensor, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice)

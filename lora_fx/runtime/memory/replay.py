@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +42,18 @@ class Replay:
     again, for a graph that is kept for two backwards.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(
+        self,
+        module: nn.Module,
+        around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        """Record the state of a module.
+
+        Args:
+            module: The module.
+            around: Returns a context to enter as well.
+        """
+        self._module, self._around = module, around
         self._parameters = [*map(id, module.parameters())]
         self._modes = [(part, part.training) for part in module.modules()]
         self._buffers = [
@@ -61,19 +71,20 @@ class Replay:
                 "forward and backward, as torch.func.functional_call and set_adapter do: run the backward "
                 "before, or use memory='balanced'"
             )
-        for part, training in self._modes:
-            if part.training != training:
-                self._stack.callback(setattr, part, "training", part.training)
-                part.training = training
-        with torch.no_grad():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._around())
+            for part, training in self._modes:
+                if part.training != training:
+                    stack.callback(setattr, part, "training", part.training)
+                    part.training = training
             for buffer in self._buffers:
-                self._stack.callback(
-                    buffer.holder.__setitem__, buffer.name, buffer.holder[buffer.name]
-                )
+                stack.callback(buffer.holder.__setitem__, buffer.name, buffer.holder[buffer.name])
                 buffer.holder[buffer.name] = buffer.tensor
-                now = lazy_copy(buffer.tensor)
-                self._stack.callback(_restore, buffer.tensor, now, _state(buffer.tensor))
+                with torch.no_grad():
+                    now = lazy_copy(buffer.tensor)
+                stack.callback(_restore, buffer.tensor, now, _state(buffer.tensor))
                 _restore(buffer.tensor, buffer.values, buffer.state)
+            self._stack = stack.pop_all()
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()

@@ -21,7 +21,7 @@ from lora_fx.runtime.rows import banked
 from lora_fx.runtime.rows.samples import SampleSlots, slots_for
 from lora_fx.torch_private import pytree
 
-__all__ = ["ComputedParameter", "RowParameter", "functions"]
+__all__ = ["ComputedParameter", "RowParameter"]
 
 
 class ComputedParameter(Tensor):
@@ -33,12 +33,19 @@ class ComputedParameter(Tensor):
 
     fqn: str
 
-    @classmethod
-    def forms(cls) -> Mapping[Any, Callable[..., Any]]:
-        """Return the form of each function that may take the parameter: the function that runs instead.
+    def looked_up(self, x: Tensor) -> Tensor:
+        """Return the row of each index, [..., width], for indices ``x``, [...]."""
+        raise NotImplementedError
 
-        A form returns NotImplemented for arguments that it does not support.
+    def multiplied(self, x: Tensor, bias: Tensor | None, turned: bool) -> Any:
+        """Return the product with activations, with the transposed parameter if ``turned``.
+
+        NotImplemented stands for a product that the parameter does not have.
         """
+        raise NotImplementedError
+
+    def transposed(self) -> ComputedParameter:
+        """Return the transposed parameter."""
         raise NotImplementedError
 
     @classmethod
@@ -54,9 +61,9 @@ class ComputedParameter(Tensor):
         if "input" in kwargs:  # the first argument of functions
             args = (kwargs.pop("input"), *args)
         if func in _FACTS:
-            with torch_private.without_torch_function():
+            with torch_private.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        form = cls.forms().get(func)
+        form = _FORMS.get(func)
         result = NotImplemented if form is None else form(*args, **kwargs)
         if result is NotImplemented:
             _refuse(_parameter_among(args, kwargs), f"{getattr(func, '__name__', func)}()")
@@ -108,10 +115,21 @@ class RowParameter(ComputedParameter):
         parameter.fqn, parameter.bank, parameter.slots = fqn, bank, slots
         return parameter
 
-    @classmethod
-    def forms(cls) -> Mapping[Any, Callable[..., Any]]:
-        """Return the functions that compute with the values of each row."""
-        return _FORMS
+    def looked_up(self, x: Tensor) -> Tensor:
+        """Return the row of each index, from the table of its adapter."""
+        slots = slots_for(self.slots, x, self.fqn)
+        return banked.banked_embedding(x, self.bank, slots, self.fqn)
+
+    def multiplied(self, x: Tensor, bias: Tensor | None, turned: bool) -> Any:
+        """Return the product of each row with the matrix of its adapter."""
+        if self.dim() != 2:
+            return NotImplemented
+        slots = slots_for(self.slots, x, self.fqn)
+        return banked.banked_linear(x, self.bank, slots, bias, self.fqn, turned=turned)
+
+    def transposed(self) -> RowParameter:
+        """Return the transposed parameter."""
+        return RowParameter(self.fqn, self.bank.mT, self.slots)
 
     def spread(self, like: Tensor, *, channels: bool = False) -> Tensor:
         """Return the vector of each row in a shape that broadcasts to an activation.
@@ -134,22 +152,22 @@ def _split(value: _Value) -> tuple[RowParameter | None, _Value]:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: _Value = None) -> Any:
-    if isinstance(x, RowParameter):
+    if isinstance(x, ComputedParameter):
         return NotImplemented
     own, shared = _split(bias)
-    if isinstance(weight, RowParameter):
-        slots = slots_for(weight.slots, x, weight.fqn)
-        result = banked.banked_linear(x, weight.bank, slots, shared, weight.fqn, turned=True)
+    if isinstance(shared, ComputedParameter):
+        return NotImplemented
+    if isinstance(weight, ComputedParameter):
+        result = weight.multiplied(x, shared, turned=True)
     else:
         result = F.linear(x, weight, shared)
-    return result if own is None else result + own.spread(result)
+    return result if own is None or result is NotImplemented else result + own.spread(result)
 
 
 def _matmul(x: Tensor, other: Tensor) -> Any:
-    if isinstance(x, RowParameter) or not isinstance(other, RowParameter) or other.dim() != 2:
+    if isinstance(x, ComputedParameter) or not isinstance(other, ComputedParameter):
         return NotImplemented
-    slots = slots_for(other.slots, x, other.fqn)
-    return banked.banked_linear(x, other.bank, slots, None, other.fqn)
+    return other.multiplied(x, None, turned=False)
 
 
 def _addmm(x: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
@@ -167,10 +185,9 @@ def _embedding(
     *_: Any,
     **__: Any,
 ) -> Any:
-    if not isinstance(weight, RowParameter) or max_norm is not None:
+    if not isinstance(weight, ComputedParameter) or max_norm is not None:
         return NotImplemented
-    slots = slots_for(weight.slots, x, weight.fqn)
-    return banked.banked_embedding(x, weight.bank, slots, weight.fqn)
+    return weight.looked_up(x)
 
 
 def _scaled(result: Tensor, weight: _Value, bias: _Value, *, channels: bool = False) -> Tensor:
@@ -191,7 +208,7 @@ def _layer_norm(
     bias: _Value = None,
     eps: float = 1e-5,
 ) -> Any:
-    if len(normalized_shape) != 1:
+    if len(normalized_shape) != 1 or isinstance(x, ComputedParameter):
         return NotImplemented
     return _scaled(F.layer_norm(x, normalized_shape, None, None, eps), weight, bias)
 
@@ -199,7 +216,7 @@ def _layer_norm(
 def _rms_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: _Value = None, eps: float | None = None
 ) -> Any:
-    if len(normalized_shape) != 1:
+    if len(normalized_shape) != 1 or isinstance(x, ComputedParameter):
         return NotImplemented
     return _scaled(F.rms_norm(x, normalized_shape, None, eps), weight, None)
 
@@ -210,7 +227,9 @@ def _group_norm(
     weight: _Value = None,
     bias: _Value = None,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Any:
+    if isinstance(x, ComputedParameter):
+        return NotImplemented
     return _scaled(F.group_norm(x, num_groups, None, None, eps), weight, bias, channels=True)
 
 
@@ -224,6 +243,8 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
+    if isinstance(x, ComputedParameter):
+        return NotImplemented
     statistics = running_mean, running_var
     if any(isinstance(value, RowParameter) for value in statistics):
         if training:  # the statistics are those of the whole batch
@@ -249,10 +270,10 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Any]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        if isinstance(x, RowParameter):
+        if isinstance(x, ComputedParameter):
             return NotImplemented
-        if isinstance(weight, RowParameter):
-            if groups != 1:
+        if isinstance(weight, ComputedParameter):
+            if groups != 1 or not isinstance(weight, RowParameter):
                 return NotImplemented
             geometry = stride, padding, dilation
             slots = slots_for(weight.slots, x, weight.fqn)
@@ -272,6 +293,8 @@ def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Any]:
         if any(isinstance(value, Tensor) for value in kwargs.values()):
             return NotImplemented
         rows = [value for value in args if isinstance(value, RowParameter)]
+        if not rows:
+            return NotImplemented
         activations = [
             value
             for value in args
@@ -308,7 +331,7 @@ def _of_bank(function: Callable[..., Tensor]) -> Callable[..., Any]:
 def _turned(own: Any, *axes: int) -> Any:
     if own.dim() != 2 or (axes and {axis % 2 for axis in axes} != {0, 1}):
         return NotImplemented
-    return RowParameter(own.fqn, own.bank.mT, own.slots)
+    return own.transposed()
 
 
 def _permuted(own: Any, *axes: Any) -> Any:
@@ -316,23 +339,14 @@ def _permuted(own: Any, *axes: Any) -> Any:
     return _turned(own) if [axis % 2 for axis in order] == [1, 0] else NotImplemented
 
 
-def functions(*names: str) -> list[Any]:
+def _functions(*names: str) -> list[Any]:
     """Return the functions of these names in torch, and as methods of tensors."""
     homes = (torch, torch.Tensor, F)
     return [getattr(home, name) for home in homes for name in names if hasattr(home, name)]
 
 
 _ARITHMETIC = (
-    "mul",
-    "add",
-    "sub",
-    "div",
-    "multiply",
-    "true_divide",
-    "mul_",
-    "add_",
-    "sub_",
-    "div_",
+    *("mul", "add", "sub", "div", "multiply", "true_divide", "mul_", "add_", "sub_", "div_"),
 )
 _OPERATORS = tuple(
     f"__{side}{name}__" for name in ("mul", "add", "sub", "truediv") for side in ("", "r", "i")
@@ -340,9 +354,9 @@ _OPERATORS = tuple(
 _CASTS = ("to", "float", "double", "half", "bfloat16", "contiguous", "detach", "clone")
 
 _FORMS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(functions("linear"), _linear),
-    **dict.fromkeys(functions("matmul", "mm", "__matmul__"), _matmul),
-    **dict.fromkeys(functions("addmm"), _addmm),
+    **dict.fromkeys(_functions("linear"), _linear),
+    **dict.fromkeys(_functions("matmul", "mm", "__matmul__"), _matmul),
+    **dict.fromkeys(_functions("addmm"), _addmm),
     **dict.fromkeys([F.embedding, torch.embedding], _embedding),
     **dict.fromkeys([F.layer_norm], _layer_norm),
     **dict.fromkeys([F.rms_norm], _rms_norm),
@@ -351,17 +365,17 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     **{
         function: _convolution(function)
         for dims in (1, 2, 3)
-        for function in functions(f"conv{dims}d")
+        for function in _functions(f"conv{dims}d")
     },
     **{
         function: _elementwise(function)
-        for function in functions(*_ARITHMETIC, *_OPERATORS, "neg", "exp", "rsqrt")
+        for function in _functions(*_ARITHMETIC, *_OPERATORS, "neg", "exp", "rsqrt")
     },
-    **{function: _of_bank(function) for function in functions(*_CASTS)},
-    **dict.fromkeys(functions("permute"), _permuted),
+    **{function: _of_bank(function) for function in _functions(*_CASTS)},
+    **dict.fromkeys(_functions("permute"), _permuted),
     **dict.fromkeys(
         [
-            *functions("t", "transpose", "swapaxes"),
+            *_functions("t", "transpose", "swapaxes"),
             torch.Tensor.T.__get__,  # type: ignore[attr-defined]
             torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
         ],
@@ -376,7 +390,7 @@ _PROPERTIES = [
 ]
 _FACTS = frozenset(
     (
-        *functions("size", "dim", "numel", "is_floating_point", "is_complex", "element_size"),
+        *_functions("size", "dim", "numel", "is_floating_point", "is_complex", "element_size"),
         torch.Tensor.__len__,
         *(getattr(torch.Tensor, name).__get__ for name in _PROPERTIES),
     )

@@ -301,7 +301,7 @@ class SampleRows(AdapterModule):
         Raises:
             ConfigError: If the first dimension is not that of the samples.
         """
-        _check(x, self.samples, self.repeats, self.state)
+        _check(x, self)
         each = (x.numel() // x.shape[-1] if x.shape[-1] else 0) // self.samples
         key = adapters, each, x.device
         layouts = self.thread.layouts
@@ -322,7 +322,7 @@ class SampleRows(AdapterModule):
         Raises:
             ConfigError: If the first dimension is not that of the samples.
         """
-        _check(x, self.samples, self.repeats, self.state)
+        _check(x, self)
         key = "slots", adapters, x.device
         layouts = self.thread.layouts
         if key not in layouts:
@@ -427,90 +427,68 @@ def check_rows_followed(x: Tensor, weight: str) -> None:
 
 
 def select_rows(
-    x: Tensor,
-    rows: Tensor,
-    samples: int,
-    repeats: int = 1,
-    state: CallState = CallState.FOLDED,
-    weight: str = "",
-    axis: int = 0,
-    least: int = 0,
+    x: Tensor, table: SampleRows, adapter: str, weight: str = "", axis: int = 0, least: int = 0
 ) -> Tensor:
-    """Return the part of an activation that belongs to some samples.
+    """Return the part of an activation that belongs to the samples of an adapter.
 
     Args:
         x: [samples, ...]; [samples * repeats, ...] with repeated samples; or [samples * t, ...] with t
             consecutive rows per sample.
-        rows: Indices of samples, [n].
-        samples: Number of samples in the batch.
-        repeats: How many times in a row the batch may repeat each sample.
-        state: State of the call.
+        table: The table of the samples.
+        adapter: Name of the adapter.
         weight: Name of the adapted weight in its module.
         axis: The axis of the samples, or :data:`COLUMNS`.
         least: Least number of dimensions of an activation that has an axis of samples.
 
     Returns:
-        [n, ...], [n * repeats, ...] or [n * t, ...].
+        [n, ...], [n * repeats, ...] or [n * t, ...], for an adapter with n samples.
 
     Raises:
         ConfigError: If the axis is not the axis of the samples.
     """
     x, axis = _samples_first(x, axis, least, weight)
-    if state is CallState.FOLLOWED:
+    if table.state is CallState.FOLLOWED:
         _following.followers[-1].check_site(x, weight)
-    selected = x.index_select(0, _expanded(x, rows, samples, repeats, state))
+    selected = x.index_select(0, _expanded(x, table, adapter))
     return selected.movedim(0, axis) if axis else selected
 
 
 def add_rows(
-    total: Tensor,
-    rows: Tensor,
-    delta: Tensor,
-    samples: int,
-    repeats: int = 1,
-    state: CallState = CallState.FOLDED,
-    weight: str = "",
-    axis: int = 0,
-    least: int = 0,
+    total: Tensor, table: SampleRows, adapter: str, delta: Tensor, weight: str = "", axis: int = 0
 ) -> Tensor:
-    """Add to the rows of some samples, in place.
+    """Add to the rows of the samples of an adapter, in place.
 
     Args:
         total: [samples, ...], repeated or with several rows, see :func:`select_rows`.
-        rows: Indices of samples, [n].
+        table: The table of the samples.
+        adapter: Name of the adapter.
         delta: The summand, in the shape that :func:`select_rows` returns for ``total``.
-        samples: Number of samples in the batch.
-        repeats: How many times in a row the batch may repeat each sample.
-        state: State of the call.
         weight: Name of the adapted weight in its module.
         axis: The axis of the samples, see :func:`select_rows`.
-        least: Least number of dimensions, see :func:`select_rows`.
     """
-    led, axis = _samples_first(total, axis, least, weight)
-    delta = delta.movedim(axis, 0) if axis else delta
-    result = led.index_add_(0, _expanded(led, rows, samples, repeats, state), delta)
-    if state is CallState.FOLLOWED:
-        _following.followers[-1].presume(result, weight)
-    return result.movedim(0, axis) if axis else result
+    return _written(Tensor.index_add_, total, table, adapter, delta, weight, axis)
 
 
 def put_rows(
-    total: Tensor,
-    rows: Tensor,
-    values: Tensor,
-    samples: int,
-    repeats: int = 1,
-    state: CallState = CallState.FOLDED,
-    weight: str = "",
-    axis: int = 0,
-    least: int = 0,
+    total: Tensor, table: SampleRows, adapter: str, values: Tensor, weight: str = "", axis: int = 0
 ) -> Tensor:
     """Replace the rows of some samples by ``values``, in place. Arguments are those of :func:`add_rows`."""
-    led, axis = _samples_first(total, axis, least, weight)
+    return _written(Tensor.index_copy_, total, table, adapter, values, weight, axis)
+
+
+def _written(
+    write: Callable[..., Tensor],
+    total: Tensor,
+    table: SampleRows,
+    adapter: str,
+    values: Tensor,
+    weight: str,
+    axis: int,
+) -> Tensor:
+    led, axis = _samples_first(total, axis, 0, weight)
     values = values.movedim(axis, 0) if axis else values
-    result = led.index_copy_(0, _expanded(led, rows, samples, repeats, state), values)
-    if state is CallState.FOLLOWED:
-        _following.followers[-1].presume(result, weight)
+    result = write(led, 0, _expanded(led, table, adapter), values)
+    followed(result, table, weight)
     return result.movedim(0, axis) if axis else result
 
 
@@ -540,29 +518,21 @@ def rows_of(x: Tensor, table: SampleRows, adapter: str) -> Tensor:
     Raises:
         ConfigError: If the first axis is not that of the samples.
     """
-    _check(x, table.samples, table.repeats, table.state)
+    _check(x, table)
     samples: Tensor = getattr(table, adapter)
     return _of_samples(samples, (x.numel() // x.shape[-1]) // table.samples)
 
 
 def rows_of_tokens(
-    tokens: Tensor,
-    hidden: Tensor,
-    rows: Tensor,
-    samples: int,
-    repeats: int = 1,
-    state: CallState = CallState.FOLDED,
-    weight: str = "",
+    tokens: Tensor, table: SampleRows, adapter: str, hidden: Tensor, weight: str = ""
 ) -> Tensor:
-    """Return the rows of an expert input that belong to some samples. A row has the sample of its token.
+    """Return the rows of an expert input that belong to an adapter. A row has the sample of its token.
 
     Args:
         tokens: Token index of each row, [n].
-        hidden: The tokens, [T, d]. The tokens of a sample are consecutive.
-        rows: Indices of samples.
-        samples: Number of samples in the batch.
-        repeats: How many times in a row the batch may repeat each sample.
-        state: State of the call.
+        table: The table of the samples.
+        adapter: Name of the adapter.
+        hidden: The tokens, [T, d]. Those of a sample are consecutive.
         weight: Name of the adapted weight in its module.
 
     Returns:
@@ -571,10 +541,11 @@ def rows_of_tokens(
     Raises:
         ConfigError: If the tokens are not those of the samples.
     """
-    if state is CallState.FOLLOWED:
+    if table.state is CallState.FOLLOWED:
         _following.followers[-1].check_site(hidden, weight)
-    _check(hidden, samples, repeats, state)
-    return unseen(_rows_of_tokens, tokens, hidden.shape[0] // samples, rows)
+    _check(hidden, table)
+    each = hidden.shape[0] // table.samples
+    return unseen(_rows_of_tokens, tokens, each, getattr(table, adapter))
 
 
 def _rows_of_tokens(tokens: Tensor, each: int, rows: Tensor) -> Tensor:
@@ -640,9 +611,10 @@ def followed(result: Tensor, table: SampleRows, weight: str) -> Tensor:
     return result
 
 
-def _expanded(x: Tensor, rows: Tensor, samples: int, repeats: int, state: CallState) -> Tensor:
-    _check(x, samples, repeats, state)
-    return rows if x.shape[0] == samples else _of_samples(rows, x.shape[0] // samples)
+def _expanded(x: Tensor, table: SampleRows, adapter: str) -> Tensor:
+    _check(x, table)
+    rows: Tensor = getattr(table, adapter)
+    return rows if x.shape[0] == table.samples else _of_samples(rows, x.shape[0] // table.samples)
 
 
 def _of_samples(samples: Tensor, each: int) -> Tensor:
@@ -651,8 +623,9 @@ def _of_samples(samples: Tensor, each: int) -> Tensor:
     return (samples[:, None] * each + inner).flatten()
 
 
-def _check(x: Tensor, samples: int, repeats: int, state: CallState) -> None:
+def _check(x: Tensor, table: SampleRows) -> None:
     """Raise if it is unknown which rows of an activation belong to which sample."""
+    samples, repeats, state = table.samples, table.repeats, table.state
     if not samples:
         raise ConfigError(
             "the model is prepared for an adapter of its own for each sample (per_sample=True), and this "

@@ -6,7 +6,6 @@ have its own adapter. A token of -1 replaces no row. It pads the tokens of adapt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from lora_fx import torch_private
 from lora_fx.runtime.rows import banked
-from lora_fx.runtime.rows.row_parameters import ComputedParameter, functions
+from lora_fx.runtime.rows.row_parameters import ComputedParameter
 from lora_fx.runtime.rows.samples import SampleSlots, like_rows, slots_for, unseen
 
 __all__ = ["PatchedWeight"]
@@ -57,13 +56,10 @@ class PatchedWeight(ComputedParameter):
         weight.slots, weight.turned = slots, turned
         return weight
 
-    @classmethod
-    def forms(cls) -> Mapping[Any, Callable[..., Any]]:
-        """Return the functions that read the replaced rows: lookups, and products for logits."""
-        return _FORMS
-
-    def looked_up(self, x: Tensor) -> Tensor:
+    def looked_up(self, x: Tensor) -> Any:
         """Return the row of each token, [..., width], for tokens ``x``, [...]."""
+        if self.turned:
+            return NotImplemented
         before = F.embedding(x, self.base)
         if self.slots is None:
             hit = x.unsqueeze(-1) == self.tokens
@@ -76,8 +72,15 @@ class PatchedWeight(ComputedParameter):
             own = self.rows[banked.slots_of_each(slots, x), position]
         return torch.where(hit.any(-1, keepdim=True), own, before)
 
-    def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def transposed(self) -> PatchedWeight:
+        """Return the transposed weight."""
+        parts = self.base, self.tokens, self.rows, self.slots, not self.turned
+        return PatchedWeight(self.fqn, *parts)
+
+    def multiplied(self, x: Tensor, bias: Tensor | None, turned: bool) -> Any:
         """Return the logit of each token, [..., vocabulary], for activations [..., width]."""
+        if self.turned is turned:
+            return NotImplemented
         logits = F.linear(x, self.base, bias)
         if self.slots is None:
             own, tokens = F.linear(x, self.rows), self.tokens
@@ -98,51 +101,3 @@ def _with_logits(logits: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
     """Replace the logits of some tokens, [..., n]. A token of -1 writes to an extra column, which is cut."""
     indices = torch.where(tokens < 0, logits.shape[-1], tokens)
     return F.pad(logits, (0, 1)).scatter(-1, indices, own)[..., :-1]
-
-
-def _embedding(
-    x: Tensor,
-    weight: Any,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    *_: Any,
-    **__: Any,
-) -> Any:
-    known = isinstance(weight, PatchedWeight) and not weight.turned
-    return weight.looked_up(x) if known and max_norm is None else NotImplemented
-
-
-def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
-    known = isinstance(weight, PatchedWeight) and not weight.turned
-    if isinstance(x, PatchedWeight) or not known:
-        return NotImplemented
-    return weight.multiplied(x, bias)
-
-
-def _matmul(x: Tensor, other: Any) -> Any:
-    known = isinstance(other, PatchedWeight) and other.turned
-    if isinstance(x, PatchedWeight) or not known:
-        return NotImplemented
-    return other.multiplied(x, None)
-
-
-def _turned(weight: PatchedWeight, *axes: int) -> Any:
-    if axes and {axis % 2 for axis in axes} != {0, 1}:
-        return NotImplemented
-    parts = weight.base, weight.tokens, weight.rows, weight.slots, not weight.turned
-    return PatchedWeight(weight.fqn, *parts)
-
-
-_FORMS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys([F.embedding, torch.embedding], _embedding),
-    **dict.fromkeys(functions("linear"), _linear),
-    **dict.fromkeys(functions("matmul", "__matmul__"), _matmul),
-    **dict.fromkeys(
-        [
-            *functions("t", "transpose"),
-            torch.Tensor.T.__get__,  # type: ignore[attr-defined]
-            torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
-        ],
-        _turned,
-    ),
-}
