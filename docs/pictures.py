@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 
 import lora_fx
-from lora_fx.tools.cluster import Mesh, plan_step, step_inputs
+from lora_fx.tools.cluster import Mesh, Settings, plan_step, step_inputs
 from lora_fx.tools.timeline import Timeline, write_page
 from tests.tools.browser import Page, browser
 
@@ -109,8 +109,7 @@ def timeline(path: Path) -> None:
         lora_fx.LoraConfig(r=16),
         Mesh(),
         inputs,
-        dtype=torch.bfloat16,
-        checkpointing=True,
+        Settings(dtype=torch.bfloat16, checkpointing=True),
         ledger=record,
     )
     facts = {"step": "AdamW on one GPU, 1 sample of 4096 tokens, bf16, blocks computed again"}

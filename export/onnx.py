@@ -242,7 +242,7 @@ def _versions() -> dict[str, str]:
 
 
 _QUANTIZED_KEY = "lora_fx.quantized"
-_DEFAULT_OPSET = 20, "what both providers run in fp32 and fp16"
+_DEFAULT_OPSET = 20, "the highest that ONNX Runtime's CPU and CUDA providers run in fp32 and fp16"
 _BF16_OPSET = 22, "the first in which convolutions and pooling take bf16"
 
 

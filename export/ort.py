@@ -415,7 +415,7 @@ def inputs_by_name(inputs: Any, names: Sequence[str], file: str) -> dict[str, An
             )
         if len(inputs) != len(names):
             raise ExportError(
-                f"{file} takes {len(names)} inputs ({', '.join(names)}), {len(inputs)} were given"
+                f"{file} takes {len(names)} inputs ({', '.join(names)}), but got {len(inputs)}"
             )
         inputs = dict(zip(names, inputs, strict=True))
     missing = [name for name in names if name not in inputs]

@@ -14,7 +14,6 @@ import functools
 import importlib
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lora_fx.config import CONFIG_NAME, missing_adapter, read_json
+from lora_fx.config import CONFIG_NAME, download_command, missing_adapter, read_json
 from lora_fx.errors import CheckpointError, ConfigError, hint, some
 from lora_fx.extras import install_command, is_installed, load_optional
 from lora_fx.files import current
@@ -47,7 +46,6 @@ _log = logging.getLogger("lora_fx")
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
 _FILES = (".onnx", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".json")
 
 
@@ -157,11 +155,10 @@ def _check_folder(folder: Path) -> None:
 
 def _download_command(name: str) -> str:
     """Return a hint to download a model, if a missing folder looks like a name of the Hub; else ""."""
-    if not _HUB_ID.fullmatch(name):
-        return ""
+    command = download_command(name)
     return (
-        f". lora-fx downloads nothing: for a model of the Hub, run `hf download {name} --local-dir {name}`, "
-        f"and then use hf:{name}"
+        command
+        and f". lora-fx downloads nothing: for a model of the Hub, run `{command}`, and then use hf:{name}"
     )
 
 

@@ -259,9 +259,10 @@ def folder_of(
     config = written_config(model, record, adapter.targets)
     if adapter.own:
         _log.warning(
-            "%s: PEFT has no name for these weights: lora_fx loads their adapters, PEFT leaves them out: %s",
-            folder,
+            "PEFT cannot load the adapters of %s from the folder %s, because it has no names for these "
+            "weights. lora_fx loads them",
             ", ".join(adapter.own),
+            folder,
         )
     if adapter.by_hand:
         _log.warning(

@@ -15,6 +15,7 @@ from lora_fx.config.lora_config import (
     CONFIG_NAME,
     LoraConfig,
     adapters_below,
+    download_command,
     missing_adapter,
     read_json,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "bad",
     "changes_base",
     "complete_options",
+    "download_command",
     "excluded",
     "judge",
     "missing_adapter",

@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -46,6 +47,7 @@ __all__ = [
     "LoraConfig",
     "adapters_below",
     "check_together",
+    "download_command",
     "missing_adapter",
     "read_json",
 ]
@@ -370,12 +372,22 @@ def adapters_below(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
 
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
+
+
+def download_command(name: str) -> str:
+    """Return a command that downloads a repository of the Hub, or "" if a text cannot be the name of one."""
+    return f"hf download {name} --local-dir {name}" if _HUB_ID.fullmatch(name) else ""
+
+
 def missing_adapter(path: Path) -> str:
     """Return the error text for a path that does not exist. It lists adapters in the same parent folder."""
     message = (
         f"{path} is not a folder on this machine, and nothing is downloaded: give the folder of an adapter, "
         "or a file of diffusers or kohya (.safetensors)"
     )
+    if (command := download_command(str(path))) and "/" in command.split()[2]:
+        message += f". For an adapter of the Hub, run `{command}` first"
     siblings = [str(folder) for folder in adapters_below(path.parent)]
     return f"{message}. Adapters that exist: {some(siblings)}" if siblings else message
 

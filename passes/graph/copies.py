@@ -507,7 +507,7 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, nn.Module):
         loaded = (
-            ": load the model first, for one of transformers by AutoModel.from_pretrained(folder)"
+            ": load the model first, for example with AutoModelForCausalLM.from_pretrained(folder)"
             if isinstance(model, str | os.PathLike)
             else ""
         )

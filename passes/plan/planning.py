@@ -9,6 +9,7 @@ are adapted only if they are named.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from lora_fx.config import (
+    ALL_LINEAR,
     LoraConfig,
     Verdict,
     judge,
@@ -745,6 +747,8 @@ def _why_not_whole(expression: str, names: Sequence[str]) -> str:
     why = "a string is a regular expression for whole names, and this one matches none"
     if any(_named(expression, name) for name in names):
         return f"{why}; give a list, [{expression!r}], to select by the ends of names"
+    if difflib.get_close_matches(expression.lower(), [ALL_LINEAR], cutoff=0.45):
+        return f"{why}; did you mean {ALL_LINEAR!r}?"
     return why + _nearest(nearest_names(expression, names))
 
 

@@ -83,7 +83,7 @@ FEATURES, INDEX = np.zeros((2, 4), np.float32), np.zeros(2, np.int64)
     [
         ({"features": FEATURES}, "lacks index"),
         ({"features": FEATURES, "indx": INDEX}, "lacks index and has 'indx'.*mean 'index'"),
-        ((FEATURES,), r"takes 2 inputs \(features, index\), 1 were given"),
+        ((FEATURES,), r"takes 2 inputs \(features, index\), but got 1"),
         ((FEATURES.astype(np.float64), INDEX), "'features' is float64, the file takes float32"),
         ((FEATURES, INDEX.astype(np.int32)), "'index' is int32, the file takes int64"),
         ((FEATURES[0], INDEX), r"'features' has shape \[4\].*\[batch, 4\]"),
