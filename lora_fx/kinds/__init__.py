@@ -1,4 +1,4 @@
-"""Adapter kinds, such as LoRA and DoRA: their protocol and their registry.
+"""Adapter kinds: their protocol and their registry.
 
 A kind defines the tensors that an adapter trains at a site, its computation in a graph, the change that a
 merge makes, and its costs.
