@@ -1,8 +1,8 @@
 """Fold the changes of adapters into weights and biases: accumulated in fp64, by slices, rounded once.
 
 A merged weight in fp64 is the exact sum, rounded once (:mod:`lora_fx.passes.merge.rounding`). If the adapter
-kind transforms that sum (as with a magnitude), its arithmetic adds an error of a few units in the last place. Trained
-rows of an embedding are copied into the weight unchanged.
+kind transforms that sum, by a magnitude for example, its arithmetic adds an error of a few units in the last
+place. Trained rows of an embedding are copied into the weight unchanged.
 """
 
 from __future__ import annotations
