@@ -616,7 +616,7 @@ def watched_class(cls: type[nn.Module], settings: _ClassSettings) -> type[nn.Mod
 class _PeftMethod:
     """Method of PEFT's models, for users who call it on a rewritten model.
 
-    An attribute of the model with that name comes first, because a descriptor without ``__set__`` yields.
+    An attribute, parameter, buffer or submodule of the model with that name comes first.
     """
 
     def __init__(self, name: str) -> None:
@@ -625,7 +625,8 @@ class _PeftMethod:
     def __get__(self, model: nn.Module | None, owner: type) -> Any:
         if model is None:
             return self
-        if record_of(model) is None:
+        held = (model._parameters, model._buffers, model._modules)
+        if record_of(model) is None or any(self._name in names for names in held):
             raise AttributeError(self._name)  # Python goes on with __getattr__
         return functools.partial(pkgutil.resolve_name(_PEFT_METHODS[self._name]), model)
 

@@ -168,6 +168,8 @@ def _gather_behind(node: fx.Node) -> _Gather | None:
     waiting, seen = [node], {node}
     while waiting:
         current = waiting.pop()
+        if role_of(current) is Role.FACTOR:
+            continue  # its cast may read the output of another expert, for the dtype
         gather = _gather(current)
         if gather is not None:
             gathers.add(gather)

@@ -507,6 +507,26 @@ def test_the_line_is_pefts(capsys) -> None:
     assert capsys.readouterr().out == ours
 
 
+class HasNames(Mlp):
+    """A model whose parts have the names of PEFT's methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unload = nn.Linear(3, 3)
+        self.merge_and_unload = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.unload(super().forward(x)) * self.merge_and_unload
+
+
+def test_parts_with_names_of_pefts_methods_stay() -> None:
+    model = HasNames()
+    adapted = lora_fx.rewrite(model, LoraConfig(r=2))
+    x = torch.randn(4, 5)
+    assert_same_bits(adapted(x), model(x))
+    assert isinstance(adapted.unload, nn.Linear)
+
+
 class Prints(Mlp):
     """A class with a method of that name."""
 

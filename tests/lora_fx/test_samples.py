@@ -426,6 +426,29 @@ def test_a_row_of_an_expert_has_the_adapter_of_its_token(name: str, implementati
         model(x[:3])
 
 
+def test_a_row_of_an_expert_in_half_precision_with_factors_in_fp32() -> None:
+    base = MODELS["mixtral"]().to(torch.bfloat16)
+    base.set_experts_implementation("eager")
+    model = three(base, target_modules=["gate_up_proj"])
+    names: list[str | None] = ["b", None, "a"]
+    x = torch.randint(1, 60, (3, 4), generator=torch.Generator().manual_seed(0))
+    wanted = alone(model, x, names, logits=True)
+    lora_fx.set_adapter(model, list("abc"), per_sample=True)
+    with lora_fx.adapter_ids(model, names):
+        assert_close(model(x).logits.float(), wanted.float(), 2e-2)
+
+
+def test_an_embedding_under_autocast() -> None:
+    model = three(nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 4)), target_modules=["0", "1"])
+    names: list[str | None] = ["b", None, "a"]
+    x = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = alone(model, x, names)
+        lora_fx.set_adapter(model, list("abc"), per_sample=True)
+        with lora_fx.adapter_ids(model, names):
+            assert_close(model(x).float(), wanted.float(), 2e-2)
+
+
 def separate(model: nn.Module, x: torch.Tensor, names: list[str | None]) -> dict[str, torch.Tensor]:
     """The gradients of one sample after the other."""
     model.zero_grad()

@@ -487,7 +487,8 @@ def _written(
 ) -> Tensor:
     led, axis = _samples_first(total, axis, 0, weight)
     values = values.movedim(axis, 0) if axis else values
-    result = write(led, 0, _expanded(led, table, adapter), values)
+    # Under autocast, a lookup is not cast, and the branch on it is.
+    result = write(led, 0, _expanded(led, table, adapter), values.to(led.dtype))
     followed(result, table, weight)
     return result.movedim(0, axis) if axis else result
 
