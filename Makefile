@@ -75,7 +75,7 @@ lint: style typecheck ## Check style, formatting and types
 style: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python tools/words.py --vague=5 --clause=0 --long=11 --odd=0
+	$(BIN)/python tools/words.py --vague=5 --clause=0 --long=8 --odd=0
 
 # mypy cannot see through the package-dir mapping, so it gets the folders laid out by symbolic links
 # as they are installed, and is run from there. The sed turns lora_fx/passes/x.py back into the path

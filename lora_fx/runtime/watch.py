@@ -625,8 +625,8 @@ class _PeftMethod:
     def __get__(self, model: nn.Module | None, owner: type) -> Any:
         if model is None:
             return self
-        held = (model._parameters, model._buffers, model._modules)
-        if record_of(model) is None or any(self._name in names for names in held):
+        parts = (model._parameters, model._buffers, model._modules)
+        if record_of(model) is None or any(self._name in names for names in parts):
             raise AttributeError(self._name)  # Python goes on with __getattr__
         return functools.partial(pkgutil.resolve_name(_PEFT_METHODS[self._name]), model)
 
