@@ -499,9 +499,9 @@ def _merged(
 
 
 def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
-    """Run a model once. Return it, the arguments that it ran on, and the names of its outputs.
+    """Run a model. Return it, the arguments of the run, and the names of its outputs.
 
-    The arguments are the example with a batch of one repeated, or the example itself if that fails.
+    A batch of one sample is repeated first. If that run fails, the example is used as it is.
     """
     arguments = flat.eval().arguments
     failure: Exception | None = None

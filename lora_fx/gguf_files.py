@@ -165,7 +165,7 @@ class GgufFile(WeightFiles):
 
     @property
     def names(self) -> Iterable[str]:
-        """The names of the tensors in the model. A tensor that the model lacks keeps its name in the file."""
+        """The names of the file's tensors in the model. A tensor that the model lacks has its GGUF name."""
         return self._sources.keys()
 
     def _objection(self, key: str, wanted: torch.Tensor) -> str | None:

@@ -413,9 +413,9 @@ class _Merge:
         return list(names.values())
 
     def _changed(self) -> dict[str, str]:
-        """Return the parameters and buffers that change: their names, each with the name of the change.
+        """Map the name of each changed parameter or buffer to the key of its change.
 
-        All names of a parameter that stay tied have the same change.
+        Names that stay tied have the same key.
         """
         changes = self._changes
         owners: dict[int, str] = {}

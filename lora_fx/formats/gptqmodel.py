@@ -205,7 +205,7 @@ class _Layers(PackedLayers):
         return Parts(tensors, (of.out_features, of.in_features), options)
 
     def adopt(self, model: nn.Module) -> None:
-        """See :class:`PackedLayers`. Also write version 2 into the configuration of a GPTQ model.
+        """See :class:`PackedLayers`. Also set the format in the configuration of a GPTQ model to ``gptq_v2``.
 
         The library converts tensors to version 2, but not the configuration. So transformers (5.24) saves
         folders whose zero points the next load shifts again.

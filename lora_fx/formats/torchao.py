@@ -284,7 +284,7 @@ class TorchaoFormat(WeightFormat):
         return _REQUANTIZED[type(weight).__name__](values, weight)
 
     def grid(self, weight: Any) -> Grid | None:
-        """See :class:`WeightFormat`. Only integers have scales that can be kept."""
+        """See :class:`WeightFormat`. None except for integer formats: only their scales can be kept."""
         name = type(weight).__name__
         if name not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
             return None

@@ -387,7 +387,7 @@ class AdapterKind:
     # --- graphs -----------------------------------------------------------------------------------
 
     def factor(self, build: OutputBuilder, letter: str, stored: fx.Node) -> fx.Node:
-        """Write the factor that the pattern reads, in its own dtype, and return its node.
+        """Write the nodes that compute A or B from the stored tensor, without a cast. Return the last node.
 
         Args:
             build: Writes nodes.

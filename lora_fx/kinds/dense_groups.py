@@ -144,7 +144,7 @@ class DenseDora(_Dense, Dora):
         return self
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
-        """Return the magnitude. PEFT divides it by a number that is not the norm of a weight."""
+        """Return the magnitude. It has no norm, because PEFT divides it by another number than a norm."""
         return tuple(dataclasses.replace(slot, normed=False) for slot in super().slots(site))
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:

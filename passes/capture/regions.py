@@ -107,7 +107,7 @@ def find_regions(model: nn.Module) -> Capture:
 
 
 def _pass_by_position(regions: dict[str, Region]) -> None:
-    """Make guards of decorated forwards pass arguments by position if the callers do so."""
+    """Let the guard of a decorated forward pass as many positional arguments on as its callers pass."""
     for fqn, region in regions.items():
         for node in region.graph.nodes:
             called = regions.get(join(fqn, str(node.target))) if node.op == "call_module" else None

@@ -70,7 +70,7 @@ class _Wiring:
         slots: The tensors of the kind besides A and B: pairs of slot name and name in the region.
         scale: The number by which the result of the branch is multiplied.
         dropout: The module with the dropout probability and the training mode; empty for none.
-        cast: True to cast the factors to the base output's dtype, or bring them to its layout.
+        cast: True to cast the factors to the dtype of the base output, and to shard them like it.
         in_parts: True if the weight is sharded over processes.
         transposed: True if the factors are stored transposed.
         padding: Numbers of output features of the base operation before and after the features of the

@@ -458,7 +458,7 @@ def _take_back(
 
 
 def _make_dense_or_cast_rest(weights: _Weights) -> None:
-    """Make weights without changes dense and of the same dtype as the merged ones, if the user wants that."""
+    """Dequantize and cast the unchanged weights, if the user asked for a dense result or for a dtype."""
     result, keep = weights.result, weights.storage.keep
     untie_config(result)
     if weights.stored:

@@ -312,10 +312,10 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _parent(node: fx.Node) -> str:
-    """Return the FQN of the module that applies an operation.
+    """Return the FQN of the module around the layer of an operation, such as the attention of a q_proj.
 
-    Operations of different modules are not joined, even if they read the same input. In a decoder, for
-    instance, the keys of every layer read the encoder's output.
+    Only operations with the same parent are joined. Those of different modules are not, even if they read the
+    same input. In a decoder, for instance, the keys of every layer read the encoder's output.
     """
     tag: Tag = node.meta[META_KEY]
     path = tag.weight.split(".")

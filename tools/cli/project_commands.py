@@ -208,8 +208,8 @@ def zoo(
         jobs: How many models run at a time.
         timeout: Seconds that one model may take.
         onnx: Whether to export; most of the time goes there.
-        optimize: Fusions in exports: none or standard. With runtime, only an export with the operators of
-            ONNX Runtime runs, with a cache if the model generates text.
+        optimize: Fusions in exports: none, standard or runtime. With runtime, only the export runs, with the
+            operators of ONNX Runtime, and with a cache if the model generates text.
         out: The page to write. By default docs/zoo.md if the whole zoo runs with standard fusions, else none.
         rows: JSON file with all rows. Rows of models, and results of parts, that do not run now are kept. By
             default zoo.json next to the page.

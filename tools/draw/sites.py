@@ -252,7 +252,10 @@ def _refused(rejection: Rejection) -> SiteRow:
 
 
 def _each_rank(site: Site, kind: AdapterKind) -> float:
-    """Return the trainable elements per rank. A convolution's rank must be a multiple of its groups."""
+    """Return the trainable elements that one unit of rank costs, or 0 if the factors have no shapes.
+
+    They are counted at the least rank of a grouped convolution, which is the number of its groups.
+    """
     try:
         shapes = pattern_of(site).factors(site, site.groups)
         sizes = {"a": math.prod(shapes.a), "b": math.prod(shapes.b)}

@@ -249,7 +249,7 @@ def _parts(programs: int, steps: int) -> tuple[int, int]:
 
 
 def _tiles(rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Return tile sizes and options of a kernel, so that registers suffice for tiles with all ranks."""
+    """Return tile sizes and options with which a tile that spans the whole rank fits into registers."""
     wide = dtype == torch.float32
     return {
         **_COMPILED,

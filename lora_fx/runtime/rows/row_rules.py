@@ -354,9 +354,9 @@ def _called(func: Any, named: Mapping[str, Any]) -> Tensor:
 
 
 def _note_placed(reader: Reader, x: Any, indices: Mapping[int, Tensor]) -> None:
-    """Call ``note_position_by_values`` if indices from the batch choose between different samples.
+    """Note it if values of the batch decide which sample an element belongs to.
 
-    Then values of the batch decide the sample of the chosen elements.
+    So does an index, or a mask, that is computed from the batch, along an axis on which samples differ.
     """
     sets = reader.read(x)
     if sets is None:

@@ -456,7 +456,7 @@ def select_rows(
 def add_rows(
     total: Tensor, table: SampleRows, adapter: str, delta: Tensor, weight: str = "", axis: int = 0
 ) -> Tensor:
-    """Add to the rows of the samples of an adapter, in place.
+    """Add ``delta`` to the rows whose samples use an adapter, in place.
 
     Args:
         total: [samples, ...], repeated or with several rows, see :func:`select_rows`.
