@@ -174,16 +174,16 @@ class SizeRecord:
 @contextmanager
 def record_sizes(model: nn.Module) -> Iterator[SizeRecord]:
     """Record where torch.export fixes sizes of axes, in traces that begin inside the block."""
-    witness = SizeRecord(model)
+    sizes = SizeRecord(model)
     original = getattr(ShapeEnv, torch_private.REPLACEMENT_METHOD)
 
     def replace(env: ShapeEnv, symbol: Any, value: Any, message: str) -> None:
-        witness.note(symbol, value, env.var_to_sources.get(symbol, ()))
+        sizes.note(symbol, value, env.var_to_sources.get(symbol, ()))
         original(env, symbol, value, message)
 
     setattr(ShapeEnv, torch_private.REPLACEMENT_METHOD, replace)
     try:
-        yield witness
+        yield sizes
     finally:
         setattr(ShapeEnv, torch_private.REPLACEMENT_METHOD, original)
 
@@ -200,17 +200,17 @@ def headline(error: Exception) -> str:
 
 
 def reason_of_failure(
-    error: Exception, witness: SizeRecord, names: Sequence[str], tensors: Sequence[Tensor]
+    error: Exception, sizes: SizeRecord, names: Sequence[str], tensors: Sequence[Tensor]
 ) -> str:
     """Return the reason why a trace failed.
 
     Args:
         error: The error that torch.export raised.
-        witness: Record of the sizes in that trace.
+        sizes: Record of the sizes in that trace.
         names: Names of the inputs.
         tensors: The inputs of the call that was traced.
     """
-    location = witness.fault(error)
+    location = sizes.fault(error)
     if isinstance(error, GuardOnDataDependentSymNode):
         return (
             f"{location} is data-dependent: a graph cannot branch on values. Write both sides and choose "
@@ -218,16 +218,16 @@ def reason_of_failure(
         )
     if "Constraints violated" in str(error):
         axes = dict.fromkeys((int(i), int(axis)) for i, axis in _AXIS.findall(str(error)))
-        fixed = [_fixed(i, axis, witness, names, tensors) for i, axis in axes if i < len(names)]
+        fixed = [_fixed(i, axis, sizes, names, tensors) for i, axis in axes if i < len(names)]
         if fixed:
             return "; ".join(fixed)
     return f"{headline(error)}, at {location}" if location.line else headline(error)
 
 
 def _fixed(
-    index: int, axis: int, witness: SizeRecord, names: Sequence[str], tensors: Sequence[Tensor]
+    index: int, axis: int, sizes: SizeRecord, names: Sequence[str], tensors: Sequence[Tensor]
 ) -> str:
-    location = witness.place_of(f"L['tensors'][{index}].size()[{axis}]")
+    location = sizes.place_of(f"L['tensors'][{index}].size()[{axis}]")
     because = "" if location is None else f": {location}"
     size = tensors[index].shape[axis]
     return (

@@ -355,7 +355,7 @@ def trace(
         try:
             with (
                 torch.no_grad(),
-                record_sizes(model.model) as witness,
+                record_sizes(model.model) as sizes,
                 _FiniteValues(model.model) as values,
                 # A user who names an axis accepts the time that it takes.
                 _ShortFormulas(_LONGEST if dynamic_shapes is None else None),
@@ -375,7 +375,7 @@ def trace(
             last: Exception = error
             continue
         except Exception as error:  # noqa: BLE001  # torch.export raises all kinds; kept as a reason
-            reason = reason_of_failure(error, witness, arguments.names, arguments.tensors)
+            reason = reason_of_failure(error, sizes, arguments.names, arguments.tensors)
             failures.append(f"{description}: {reason}")
             last = error
             continue
@@ -383,7 +383,7 @@ def trace(
             _log.warning(
                 "export with fewer dynamic axes: %s", join_failures(failures[len(failed) :])
             )
-        reason_of = partial(_reason, failures, witness, task)
+        reason_of = partial(_reason, failures, sizes, task)
         result = _read(program, arguments, specs, labels, extras, reason_of)
         return dataclasses.replace(
             result, description=description, attempt=attempt, finite=tuple(values.places)
@@ -515,13 +515,13 @@ def _attempts(
 
 
 def _reason(
-    failures: Sequence[str], witness: SizeRecord, task: bool, size: int, dim: Any, spec: object
+    failures: Sequence[str], sizes: SizeRecord, task: bool, size: int, dim: Any, spec: object
 ) -> str:
     """Return the reason why an axis is fixed.
 
     Args:
         failures: Failures of attempts with more dynamic axes.
-        witness: Record of the symbols of the trace.
+        sizes: Record of the symbols of the trace.
         task: True if a task chose the dynamic axes.
         size: Size of the axis in the example.
         dim: Size of the axis in the program.
@@ -530,7 +530,7 @@ def _reason(
     if spec is not Dim.STATIC:
         if size == 1:
             return "the example has size 1 here, which torch.export takes for a constant"
-        location = witness.place(dim)
+        location = sizes.place(dim)
         because = "" if location is None else f": {location}"
         return f"the model works with size {size} only{because}"
     if failures:

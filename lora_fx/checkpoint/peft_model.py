@@ -213,6 +213,15 @@ def _check_options(call: str, options: Mapping[str, Any]) -> None:
 _merge = inside(merging.merge)
 
 
+def _to_merge(model: nn.Module, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the adapters to merge, by default the active ones. None if no adapter is active."""
+    return (
+        (list(require_record(model).choice.names) or None)
+        if adapter_names is None
+        else adapter_names
+    )
+
+
 def merge_and_unload(
     model: nn.Module,
     progressbar: bool = False,
@@ -227,9 +236,8 @@ def merge_and_unload(
         safe_merge: No effect: weights that are not finite are always refused.
         adapter_names: The adapters to merge. None for the active ones.
     """
-    if adapter_names is None:
-        adapter_names = list(require_record(model).choice.names) or None
-    merged, _ = _merge(model, adapter_names=adapter_names, progress=progressbar)
+    names = _to_merge(model, adapter_names)
+    merged, _ = _merge(model, adapter_names=names, progress=progressbar)
     return merged
 
 
@@ -313,8 +321,7 @@ class _Tuner(AroundModel):
         """
         self.unmerge_adapter()
         adapted = self._model
-        # None stands for the active adapters. A merge refuses if there are none.
-        names = (self.active_adapters or None) if adapter_names is None else adapter_names
+        names = _to_merge(adapted, adapter_names)
         merged, _ = _merge(adapted, adapter_names=names)
         # Only factors are trained, and they are in the adapted model.
         merged.train(adapted.training).requires_grad_(False)

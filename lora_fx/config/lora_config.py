@@ -386,7 +386,8 @@ def missing_adapter(path: Path) -> str:
         f"{path} is not a folder on this machine, and nothing is downloaded: give the folder of an adapter, "
         "or a file of diffusers or kohya (.safetensors)"
     )
-    if (command := download_command(str(path))) and "/" in command.split()[2]:
+    name = path.as_posix()
+    if "/" in name and (command := download_command(name)):
         message += f". For an adapter of the Hub, run `{command}` first"
     siblings = [str(folder) for folder in adapters_below(path.parent)]
     return f"{message}. Adapters that exist: {some(siblings)}" if siblings else message

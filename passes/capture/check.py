@@ -196,7 +196,7 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
     Raises:
         CaptureError: If the inputs do not fit the model, the outputs differ by more than 1e-6.
     """
-    reference, left = _in_words(_with_what_is_left, share_copy(model), example_inputs)
+    reference, left = _in_words(_run_until_state_settles, share_copy(model), example_inputs)
     runs = _runnable(capture.model, capture.regions.values())
     try:
         with torch.no_grad():
@@ -287,7 +287,7 @@ def _devices(model: nn.Module) -> set[torch.device]:
     return {p.device for p in model.parameters() if p.device.type == "cuda"}
 
 
-def _with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
+def _run_until_state_settles(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
     """Return the output, a second one if the first call changed state, and the change in words or None."""
     before = State(model)
     with torch.no_grad():

@@ -172,6 +172,16 @@ def _in_place(name: str) -> Callable[[TracedValue, Any], fx.Proxy]:
 
 
 for _name in (
-    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"),
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
 ):
     setattr(TracedValue, f"__i{_name}__", _in_place(f"i{_name}"))

@@ -146,8 +146,9 @@ class Graphs:
                 graph, doubt = trace(module, check_none=not is_built_in(module))
             else:
                 more = written_conditions(module)
-                options = {"fixed": False, "check_none": False}
-                graph, doubt = trace(module, forward=forward, conditions=more, **options)
+                graph, doubt = trace(
+                    module, fixed=False, check_none=False, forward=forward, conditions=more
+                )
         except Untraceable as reason:
             self._failed[kind] = reason
             raise

@@ -57,10 +57,18 @@ __all__ = [
 
 _SOURCE = "source"
 _HEAD_NAMES = frozenset(
-    (
-        *("head", "lm_head", "classifier", "score", "fc", "fc_out", "out", "output", "logits"),
+    {
+        "head",
+        "lm_head",
+        "classifier",
+        "score",
+        "fc",
+        "fc_out",
+        "out",
+        "output",
+        "logits",
         "proj_out",
-    )
+    }
 )
 
 

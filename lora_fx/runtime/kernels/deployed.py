@@ -135,8 +135,18 @@ def _deployed_values(
 
 
 @_deployed_values.register_fake
-def _(weight: Tensor, *options: Any) -> Tensor:
-    return torch.empty(weight.shape, dtype=options[-1], device=weight.device)
+def _(
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    form: str,
+    rounded_to: torch.dtype | None,
+    block_size: int | None,
+    double: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
 
 class _Options(NamedTuple):

@@ -208,17 +208,17 @@ class _DoraLinear(torch.autograd.Function):
         out, down = output
         ctx.mark_non_differentiable(down)
         ctx.set_materialize_grads(False)
-        of_x, _, _, _, of_weight, _, of_a, of_b, of_gains = ctx.needs_input_grad
-        again = of_gains and (options.again or not divisible(gains))
-        divides = of_gains and not again
-        keep = of_a or of_weight or again
+        wants = _Wants(*ctx.needs_input_grad)
+        again = wants.gains and (options.again or not divisible(gains))
+        divides = wants.gains and not again
+        keep = wants.a or wants.weight or again
         # If x is recomputed, save the inputs that it is recomputed from: they are saved anyway.
         made_of = source.saved if keep and source is not None else ()
         ctx.source = source.kept() if made_of else None
         ctx.save_for_backward(
             x if keep and not made_of else None,
-            mask if of_x or of_a or of_gains else None,
-            down if of_b or again else None,
+            mask if wants.x or wants.a or wants.gains else None,
+            down if wants.b or again else None,
             lazy_copy(out) if divides else None,
             weight,
             bias if divides else None,
@@ -241,11 +241,24 @@ class _DoraLinear(torch.autograd.Function):
         return results
 
 
+class _Wants(NamedTuple):
+    """Flags that say which arguments of :class:`_DoraLinear` require a gradient."""
+
+    x: bool
+    mask: bool
+    options: bool
+    source: bool
+    weight: bool
+    bias: bool
+    a: bool
+    b: bool
+    gains: bool
+
+
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradient of every argument of :class:`_DoraLinear`."""
     x, mask, down, out, weight, bias, a, b, gains, *made_of = ctx.saved_tensors
-    options = ctx.options
-    of_x, _, _, _, of_weight, of_bias, of_a, of_b, of_gains = ctx.needs_input_grad
+    options, wants = ctx.options, _Wants(*ctx.needs_input_grad)
     # In a double backward the saved tensors are not constants, and nothing may be written in place.
     again = torch.is_grad_enabled()
     x = _input(ctx, x, made_of)
@@ -258,38 +271,38 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         like = grad.new_empty(()).expand(ctx.shape) if x is None else x
         factor = flat(unpacked(mask, like))
     divides = out is not None and not again
-    wants_down = of_b or (of_gains and not divides)
+    wants_down = wants.b or (wants.gains and not divides)
     masked = crossed = None
-    lacks = wants_down and (down is None or (again and of_x))
-    if seed is None and (of_a or lacks):
+    lacks = wants_down and (down is None or (again and wants.x))
+    if seed is None and (wants.a or lacks):
         masked = flat(_known(x)) if factor is None else flat(_known(x)) * factor
         down = masked @ down_weight.T if again else down
     grad_x = grad_weight = grad_a = grad_b = grad_gains = None
     if wants_down:
         crossed = (part.T @ down).to(gains.dtype) * options.scale
-    if of_b:
+    if wants.b:
         grad_b = (crossed * gains[:, None]).to(b.dtype)
     product = None
-    if of_gains and divides:
+    if wants.gains and divides:
         product = flat(out) * part if bias is None else (flat(out) - bias).mul_(part)
         grad_gains = product.sum(0, dtype=gains.dtype) / gains
-    elif of_gains:
+    elif wants.gains:
         base = flat(_known(x)) @ options.own(weight).T
         product = base * part if again else base.mul_(part)
         grad_gains = product.sum(0, dtype=gains.dtype) + (crossed * b).sum(1)
-    if of_a or of_x:
+    if wants.a or wants.x:
         inner = part @ options.scaled_b(b, gains, grad.dtype)
-        if of_a:
+        if wants.a:
             grad_a = dropped_outer(inner, x, masked, seed).to(a.dtype)
-    if of_x or of_weight:
+    if wants.x or wants.weight:
         # Reuse the memory of the product: on a CPU an allocation costs more than the computation.
         scaled = _times_gain(grad, gains, options, None if again else product)
-        if of_weight:
+        if wants.weight:
             grad_weight = scaled.T @ flat(_known(x))
-        if of_x:
+        if wants.x:
             grad_x = scaled @ weight
             grad_x = add_product(grad_x, inner, down_weight, again, factor, seed).view(ctx.shape)
-    grad_bias = grad.sum(0) if of_bias else None
+    grad_bias = grad.sum(0) if wants.bias else None
     return grad_x, None, None, None, grad_weight, grad_bias, grad_a, grad_b, grad_gains
 
 

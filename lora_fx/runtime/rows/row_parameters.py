@@ -8,6 +8,7 @@ Functions without a form raise.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
@@ -151,9 +152,18 @@ def _split(value: _Value) -> tuple[RowParameter | None, _Value]:
     return (value, None) if isinstance(value, RowParameter) else (None, value)
 
 
+def _of_activations(form: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a form whose first argument has to be an activation. A parameter has no form there."""
+
+    @functools.wraps(form)
+    def checked(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return NotImplemented if isinstance(x, ComputedParameter) else form(x, *args, **kwargs)
+
+    return checked
+
+
+@_of_activations
 def _linear(x: Tensor, weight: Tensor, bias: _Value = None) -> Any:
-    if isinstance(x, ComputedParameter):
-        return NotImplemented
     own, shared = _split(bias)
     if isinstance(shared, ComputedParameter):
         return NotImplemented
@@ -164,8 +174,9 @@ def _linear(x: Tensor, weight: Tensor, bias: _Value = None) -> Any:
     return result if own is None or result is NotImplemented else result + own.spread(result)
 
 
+@_of_activations
 def _matmul(x: Tensor, other: Tensor) -> Any:
-    if isinstance(x, ComputedParameter) or not isinstance(other, ComputedParameter):
+    if not isinstance(other, ComputedParameter):
         return NotImplemented
     return other.multiplied(x, None, turned=False)
 
@@ -201,6 +212,7 @@ def _scaled(result: Tensor, weight: _Value, bias: _Value, *, channels: bool = Fa
     return result
 
 
+@_of_activations
 def _layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -208,31 +220,32 @@ def _layer_norm(
     bias: _Value = None,
     eps: float = 1e-5,
 ) -> Any:
-    if len(normalized_shape) != 1 or isinstance(x, ComputedParameter):
+    if len(normalized_shape) != 1:
         return NotImplemented
     return _scaled(F.layer_norm(x, normalized_shape, None, None, eps), weight, bias)
 
 
+@_of_activations
 def _rms_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: _Value = None, eps: float | None = None
 ) -> Any:
-    if len(normalized_shape) != 1 or isinstance(x, ComputedParameter):
+    if len(normalized_shape) != 1:
         return NotImplemented
     return _scaled(F.rms_norm(x, normalized_shape, None, eps), weight, None)
 
 
+@_of_activations
 def _group_norm(
     x: Tensor,
     num_groups: int,
     weight: _Value = None,
     bias: _Value = None,
     eps: float = 1e-5,
-) -> Any:
-    if isinstance(x, ComputedParameter):
-        return NotImplemented
+) -> Tensor:
     return _scaled(F.group_norm(x, num_groups, None, None, eps), weight, bias, channels=True)
 
 
+@_of_activations
 def _batch_norm(
     x: Tensor,
     running_mean: _Value,
@@ -243,8 +256,6 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    if isinstance(x, ComputedParameter):
-        return NotImplemented
     statistics = running_mean, running_var
     if any(isinstance(value, RowParameter) for value in statistics):
         if training:  # the statistics are those of the whole batch
@@ -261,6 +272,7 @@ def _batch_norm(
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Any]:
     """Return the form of a convolution with a kernel, or a bias, for each row."""
 
+    @_of_activations
     def form(
         x: Tensor,
         weight: Tensor,
@@ -270,8 +282,6 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Any]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        if isinstance(x, ComputedParameter):
-            return NotImplemented
         if isinstance(weight, ComputedParameter):
             if groups != 1 or not isinstance(weight, RowParameter):
                 return NotImplemented
@@ -346,7 +356,16 @@ def _functions(*names: str) -> list[Any]:
 
 
 _ARITHMETIC = (
-    *("mul", "add", "sub", "div", "multiply", "true_divide", "mul_", "add_", "sub_", "div_"),
+    "mul",
+    "add",
+    "sub",
+    "div",
+    "multiply",
+    "true_divide",
+    "mul_",
+    "add_",
+    "sub_",
+    "div_",
 )
 _OPERATORS = tuple(
     f"__{side}{name}__" for name in ("mul", "add", "sub", "truediv") for side in ("", "r", "i")
